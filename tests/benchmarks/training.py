@@ -1,0 +1,121 @@
+"""How fast the notebook trains, beside the bare model step and beside a plain loop; prints figures.
+
+usage: python tests/benchmarks/training.py [path/to/tiles] [--tiles 64] [--batch 8] [--side 256] [--rounds 3]
+
+Per round, on the same tiles, model and settings: (a) an epoch of the notebook's train_one_epoch, with
+reading, augmentation and running metrics, then a validation and a checkpoint, timed apart; (b) the
+model step alone on one batch that stays on the device; (c) an epoch of a plain loop that decodes every
+tile in the main process and computes in fp32. Without a folder the notebook's sample is used.
+"""
+
+import argparse
+import statistics
+import sys
+import tempfile
+import time
+from dataclasses import replace
+from pathlib import Path
+
+import torch
+
+sys.path.insert(0, str(Path(__file__).parents[1]))
+import nbformat
+import nbtools
+
+DEFAULTS = {}
+for cell in nbformat.read(nbtools.NOTEBOOK, as_version=4).cells:
+    if "parameters" in cell.metadata.get("tags", []):
+        exec(cell.source, DEFAULTS)
+
+
+def timed(function, device):
+    """Seconds that a call takes, the device's queue included."""
+    started = time.perf_counter()
+    function()
+    if device.type != "cpu":
+        torch.accelerator.synchronize()
+    return time.perf_counter() - started
+
+
+def bare_steps(nb, run, batch, steps, loss_fn):
+    """Forward, loss, backward and update on one resident batch."""
+    images, labels = batch
+    run.model.train()
+    for _ in range(steps):
+        with nb.autocast(run.device, run.precision):
+            logits = run.model(images)
+        run.optimizer.zero_grad(set_to_none=True)
+        run.scaler.scale(loss_fn(logits, labels)).backward()
+        run.scaler.step(run.optimizer)
+        run.scaler.update()
+
+
+def plain_epoch(model, optimizer, dataset, batch_size, loss_fn, device):
+    """What a first script does: decode in the main process, fp32, a metric read back at every step."""
+    model.train()
+    order = torch.randperm(len(dataset)).tolist()
+    for start in range(0, len(order) - batch_size + 1, batch_size):
+        items = [dataset[1, index] for index in order[start : start + batch_size]]
+        images = torch.stack([image for image, _ in items]).to(device)
+        labels = torch.stack([label for _, label in items]).to(device)
+        logits = model(images)
+        loss = loss_fn(logits, labels)
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+        (logits.argmax(1) == labels).float().mean().item()
+
+
+def main():
+    """Measure and print."""
+    parser = argparse.ArgumentParser()
+    parser.add_argument("root", nargs="?")
+    for name, value in (("tiles", 64), ("batch", 8), ("side", 256), ("rounds", 3)):
+        parser.add_argument(f"--{name}", type=int, default=value)
+    words = parser.parse_args()
+    nb, scratch = nbtools.load(), tempfile.mkdtemp()
+    settings = {name: DEFAULTS[name] for name in nb.Config.__dataclass_fields__}
+    settings |= {"root": words.root or scratch, "save_dir": scratch, "encoder_weights": None}
+    config = nb.make_config(**settings | {"batch_size": words.batch, "image_size": words.side})
+    if not words.root:
+        nb.write_sample(config)
+    tiles = nb.verify_dataset(config)[0]
+    tiles = tiles[:: max(1, len(tiles) // words.tiles)][: words.tiles]
+    device = nb.pick_device()
+    precision, _ = nb.choose_precision("auto", device)
+    train = nb.RooftopDataset(tiles, config, config.augmentation)
+    loader = nb.make_loader(train, device, train=True)
+    held_out = nb.make_loader(nb.RooftopDataset(tiles[: max(2, len(tiles) // 18)], config), device)
+    loss_fn = nb.CombinedLoss(config.ce_weight, config.dice_weight)
+    run, plain = nb.start_run(config, device, precision), nb.start_run(config, device, "fp32")
+    plain.optimizer = torch.optim.AdamW(plain.model.parameters(), config.learning_rate)
+    images, labels = next(iter(loader))
+    batch = (images.to(device, memory_format=torch.channels_last), labels.to(device))
+    run.history.append({"epoch": 1, "val_loss": 1.0, "val_iou": 0.5})
+    steps = len(loader)
+    print(f"{len(tiles)} tiles, {steps} batches of {words.batch} a round, {words.side} px, {device}, {precision}")
+    nb.train_one_epoch(run, loader, loss_fn, config)  # warm-up: processes start, kernels are chosen
+    bare_steps(nb, run, batch, 2, loss_fn)
+    rows = []
+    for _ in range(words.rounds):
+        notebook = timed(lambda: nb.train_one_epoch(run, loader, loss_fn, config), device)
+        bare = timed(lambda: bare_steps(nb, run, batch, steps, loss_fn), device)
+        slow = timed(lambda: plain_epoch(plain.model, plain.optimizer, train, words.batch, loss_fn, device), device)
+        validation = timed(lambda: nb.evaluate(run, held_out, loss_fn, config), device)
+        saving = timed(lambda: nb.save_epoch(run, replace(config), {}, {"iou", "loss"}), device)
+        rows.append((notebook, bare, slow, validation, saving))
+        print("  " + "  ".join(f"{seconds:7.2f} s" for seconds in rows[-1]), flush=True)
+    images_a_round = steps * words.batch
+    names = ("(a) the notebook's epoch", "(b) the bare step", "(c) a plain loop")
+    for i, name in enumerate(names):
+        print(f"{name}: {images_a_round / statistics.median(row[i] for row in rows):.2f} images/s")
+    print(f"(a)/(b) {statistics.median(row[1] / row[0] for row in rows):.3f}, median of the rounds")
+    print(f"(a)/(c) {statistics.median(row[2] / row[0] for row in rows):.2f}")
+    whole = [(row[0] + row[3] + row[4]) for row in rows]
+    for i, name in ((3, "validation"), (4, "checkpoints (last and both best)")):
+        share = statistics.median(row[i] / total for row, total in zip(rows, whole, strict=True))
+        print(f"{name}: {share:.1%} of an epoch of {len(tiles)} training and {len(held_out.dataset)} validation tiles")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,72 @@
+"""What the tests share: the notebook's definitions, its settings, and small folders of tiles."""
+
+import ast
+import os
+from collections.abc import Callable
+from pathlib import Path
+from types import ModuleType
+
+import matplotlib
+import nbformat
+import numpy as np
+import pytest
+from PIL import Image
+
+import nbtools
+
+matplotlib.use("Agg")
+os.environ["HF_HUB_OFFLINE"] = "1"  # weights that are not cached fail at once, not after half a minute
+REAL_TILES = Path(__file__).parents[2] / "shared" / "data" / "rooftops"
+
+
+@pytest.fixture(scope="session")
+def nb() -> ModuleType:
+    """The notebook's definitions."""
+    return nbtools.load()
+
+
+@pytest.fixture(scope="session")
+def defaults() -> dict:
+    """The settings as the parameters cell gives them."""
+    cells = nbformat.read(nbtools.NOTEBOOK, as_version=4).cells
+    (source,) = [c.source for c in cells if "parameters" in c.metadata.get("tags", [])]
+    return {node.targets[0].id: ast.literal_eval(node.value) for node in ast.parse(source).body}
+
+
+@pytest.fixture
+def settings(defaults: dict, tmp_path: Path) -> dict:
+    """Default settings made small: random weights, a small encoder, folders below tmp_path."""
+    small = {"root": str(tmp_path / "data"), "save_dir": str(tmp_path / "models"), "image_size": 64}
+    quick = {"batch_size": 4, "encoder_name": "resnet18", "encoder_weights": None, "epochs": 2, "num_workers": 0}
+    return defaults | small | quick
+
+
+def save(path: Path, pixels: np.ndarray, **options: object) -> None:
+    """Write pixels as an image file, its folder too."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    Image.fromarray(pixels).save(path, **options)
+
+
+@pytest.fixture
+def write_pair(settings: dict) -> Callable:
+    """A function that writes one image and its label, a bright square on dark ground, below root."""
+
+    def write(stem: str, side: int = 64, low: int = 0, high: int = 255, suffix: str = ".png", seed: int = 0) -> None:
+        rng = np.random.default_rng([seed, *stem.encode()])
+        image, label = rng.integers(0, 60, (side, side, 3), np.uint8), np.full((side, side), low, np.uint8)
+        x, y = rng.integers(0, side // 2, 2)
+        label[y : y + side // 2, x : x + side // 2] = high
+        image[label == high] += 150
+        root = Path(settings["root"])
+        save(root / settings["images_dir"] / f"{stem}{suffix}", image)
+        save(root / settings["labels_dir"] / f"{stem}{settings['label_suffix']}.png", label)
+
+    return write
+
+
+@pytest.fixture
+def real_tiles() -> str:
+    """Folder of the real tiles; the test is skipped where they are not at hand."""
+    if not REAL_TILES.is_dir():
+        pytest.skip(f"the real tiles are not at {REAL_TILES}")
+    return str(REAL_TILES)

@@ -1,0 +1,114 @@
+"""The notebook as a document: sections, cells, style."""
+
+import ast
+import json
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import nbformat
+import pytest
+
+import nbtools
+
+ROOT = nbtools.NOTEBOOK.parent
+SECTIONS = [
+    "1. Imports and Setup",
+    "2. Dataset Verification",
+    "3. Model Setup Test",
+    "4. Dataset Class and Data Loading",
+    "5. Load Dataset",
+    "6. Visualize Dataset",
+    "7. Model Setup",
+    "8. Loss Function and Metrics",
+    "9. Training Function",
+    "10. Start Training",
+    "11. Visualize Learning Curves",
+    "12. Inference on Test Set",
+]
+CELLS = nbformat.read(nbtools.NOTEBOOK, as_version=4).cells
+CODE = [cell for cell in CELLS if cell.cell_type == "code"]
+PROSE = [cell for cell in CELLS if cell.cell_type == "markdown"]
+
+
+def ruff(*words: str) -> subprocess.CompletedProcess:
+    """Run ruff in the repository's root."""
+    return subprocess.run([sys.executable, "-m", "ruff", *words], cwd=ROOT, capture_output=True, text=True)
+
+
+def code_lines(cell: nbformat.NotebookNode) -> int:
+    """Lines of a cell that are neither blank nor comments."""
+    return sum(bool(line.strip()) and not line.strip().startswith("#") for line in cell.source.splitlines())
+
+
+def test_stored_clean():
+    raw = json.loads(nbtools.NOTEBOOK.read_text(encoding="utf-8"))
+    nbformat.validate(raw)
+    assert raw["metadata"]["kernelspec"]["name"] == "python3"
+    assert all(cell.outputs == [] and cell.execution_count is None for cell in CODE)
+    assert len({cell.id for cell in CELLS}) == len(CELLS)
+
+
+def test_sections_in_order_with_an_opening_paragraph():
+    heads = [cell.source for cell in PROSE if cell.source.startswith("## ")]
+    assert [head.splitlines()[0][3:] for head in heads] == SECTIONS
+    assert all(len(head.split("\n\n")[1]) > 80 for head in heads)
+
+
+def test_no_heading_level_is_skipped():
+    text = "\n".join(cell.source for cell in PROSE)
+    levels = [len(marks) for marks in re.findall(r"^(#+) ", text, flags=re.M)]
+    assert all(b - a <= 1 for a, b in zip(levels, levels[1:], strict=False))
+
+
+def test_contents_link_to_the_sections():
+    links = re.findall(r"\(#([^)]+)\)", CELLS[0].source)
+    heads = {line.lstrip("# ").replace(" ", "-") for c in PROSE for line in c.source.splitlines() if line[:1] == "#"}
+    assert set(links) <= heads and len(links) >= len(SECTIONS)
+
+
+def test_one_import_cell_and_one_parameters_cell():
+    imports = [
+        c.id for c in CODE if any(isinstance(n, ast.Import | ast.ImportFrom) for n in ast.walk(ast.parse(c.source)))
+    ]
+    assert imports == ["imports"]
+    assert [c.id for c in CODE if "parameters" in c.metadata.get("tags", [])] == ["settings"]
+
+
+@pytest.mark.parametrize("cell", CODE, ids=lambda cell: cell.id)
+def test_a_cell_defines_or_acts_and_fits_a_screen(cell):
+    kinds = {nbtools.is_definition(node) for node in ast.parse(cell.source).body}
+    assert len(kinds) == 1
+    assert code_lines(cell) <= 40
+
+
+def test_budget():
+    assert sum(map(code_lines, CODE)) <= 1200
+    assert len(PROSE) >= 0.7 * len(CODE)
+    functions = [n for c in CODE for n in ast.walk(ast.parse(c.source)) if isinstance(n, ast.FunctionDef)]
+    assert max(f.end_lineno - f.lineno + 1 for f in functions) <= 40
+
+
+def test_ruff_lints_and_formats():
+    for words in (["check"], ["format", "--check"]):
+        result = ruff(*words, "main.ipynb", "tests")
+        assert result.returncode == 0, result.stdout
+
+
+def test_no_definition_reads_a_notebook_variable(tmp_path):
+    source = "\n\n".join(cell.source for cell in nbtools.definition_cells())
+    (tmp_path / "definitions.py").write_text(source)
+    result = ruff("check", "--isolated", "--select", "F821", str(tmp_path / "definitions.py"))
+    assert result.returncode == 0, result.stdout
+
+
+@pytest.mark.parametrize("pattern", ["except:", "except Exception", "filterwarnings", r"^\s*[!%]", "/home/", "/work/"])
+def test_forbidden(pattern):
+    found = [cell.id for cell in CODE if re.search(pattern, cell.source, flags=re.M)]
+    assert not found
+
+
+def test_readme_lists_every_setting_with_its_default(defaults):
+    rows = re.findall(r"^\| `(\w+)` \| `([^`]+)` \|", Path(ROOT / "README.md").read_text(encoding="utf-8"), flags=re.M)
+    assert {name: ast.literal_eval(value) for name, value in rows} == defaults
