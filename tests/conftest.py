@@ -1,13 +1,11 @@
 """What the tests share: the notebook's definitions, its settings, and small folders of tiles."""
 
-import ast
 import os
 from collections.abc import Callable
 from pathlib import Path
 from types import ModuleType
 
 import matplotlib
-import nbformat
 import numpy as np
 import pytest
 from PIL import Image
@@ -25,12 +23,10 @@ def nb() -> ModuleType:
     return nbtools.load()
 
 
-@pytest.fixture(scope="session")
+@pytest.fixture
 def defaults() -> dict:
     """The settings as the parameters cell gives them."""
-    cells = nbformat.read(nbtools.NOTEBOOK, as_version=4).cells
-    (source,) = [c.source for c in cells if "parameters" in c.metadata.get("tags", [])]
-    return {node.targets[0].id: ast.literal_eval(node.value) for node in ast.parse(source).body}
+    return nbtools.settings()
 
 
 @pytest.fixture

@@ -25,6 +25,13 @@ def definition_cells(path: Path = NOTEBOOK) -> list[nbformat.NotebookNode]:
     return [cell for cell in cells if all(map(is_definition, ast.parse(cell.source).body))]
 
 
+def settings(path: Path = NOTEBOOK) -> dict:
+    """The settings and their defaults, as the parameters cell states them."""
+    cells = nbformat.read(path, as_version=4).cells
+    (source,) = [cell.source for cell in cells if "parameters" in cell.metadata.get("tags", [])]
+    return {node.targets[0].id: ast.literal_eval(node.value) for node in ast.parse(source).body}
+
+
 def load(path: Path = NOTEBOOK, name: str = "rooftop_notebook") -> ModuleType:
     """Execute the definition cells alone, as a module that pickling and tracebacks can find."""
     module = sys.modules[name] = ModuleType(name)

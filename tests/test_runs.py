@@ -71,7 +71,7 @@ def test_real_tiles_by_one_setting(tmp_path, real_tiles):
 
 @pytest.mark.parametrize(
     ("change", "message"),
-    [({"epochs": "two"}, "epochs = 'two'"), ({"root": "nowhere"}, "root = 'nowhere' does not exist")],
+    [({"epochs": "two"}, "epochs = 'two'"), ({"root": "nowhere"}, "root = 'nowhere' is not a folder")],
 )
 def test_a_bad_setting_stops_at_the_check(tmp_path, change, message):
     with pytest.raises(Exception, match=message):

@@ -19,13 +19,7 @@ from pathlib import Path
 import torch
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
-import nbformat
 import nbtools
-
-DEFAULTS = {}
-for cell in nbformat.read(nbtools.NOTEBOOK, as_version=4).cells:
-    if "parameters" in cell.metadata.get("tags", []):
-        exec(cell.source, DEFAULTS)
 
 
 def timed(function, device):
@@ -74,8 +68,7 @@ def main():
         parser.add_argument(f"--{name}", type=int, default=value)
     words = parser.parse_args()
     nb, scratch = nbtools.load(), tempfile.mkdtemp()
-    settings = {name: DEFAULTS[name] for name in nb.Config.__dataclass_fields__}
-    settings |= {"root": words.root or scratch, "save_dir": scratch, "encoder_weights": None}
+    settings = nbtools.settings() | {"root": words.root or scratch, "save_dir": scratch, "encoder_weights": None}
     config = nb.make_config(**settings | {"batch_size": words.batch, "image_size": words.side})
     if not words.root:
         nb.write_sample(config)
