@@ -374,7 +374,7 @@ def test_prediction_comes_at_the_images_own_size(nb, prepared):
 def test_memory_estimate_grows_with_the_batch(nb, settings):
     model = nb.build_model("DeepLabV3Plus", "resnet18", 2)
     small, large = (nb.training_memory(model, CPU, "fp32", batch, 64) for batch in (2, 8))
-    weights = 16 * sum(p.numel() for p in model.parameters())
+    weights = nb.BYTES_A_WEIGHT * sum(p.numel() for p in model.parameters())
     assert large - weights == pytest.approx(4 * (small - weights)) and small > weights
 
 
@@ -387,6 +387,6 @@ def test_memory_estimate_is_near_what_a_step_takes(nb, precision):
         model(images).float().sum()
         logits = model(images)  # what the second forward holds is still held when the profile ends
     held = sum(event.self_cpu_memory_usage for event in profile.key_averages())
-    weights = 16 * sum(p.numel() for p in model.parameters())
-    estimate = nb.training_memory(model, CPU, precision, 4, 128) - weights
-    assert logits.requires_grad and 0.6 < estimate / held < 1.7
+    optimizing = (18 if precision == "fp32" else 16) * sum(p.numel() for p in model.parameters())  # no copy in fp32
+    estimate = nb.training_memory(model, CPU, precision, 4, 128) - optimizing
+    assert logits.requires_grad and 0.8 < estimate / held < 1.25
