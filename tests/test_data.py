@@ -196,6 +196,15 @@ def test_item_is_standardised_and_of_the_models_size(nb, settings, write_pair, s
     assert pixels[:, label == 1].min() > pixels[:, label == 0].mean()  # label and bright square coincide
 
 
+def test_resizing_invents_no_class_between_two_others(nb, settings, write_pair):
+    for i in range(4):
+        write_pair(f"s_{i}", side=100)
+    three = {"num_classes": 3, "class_names": ["ground", "wall", "roof"], "class_values": [0, 100, 255]}
+    config = config_of(nb, settings, **three)
+    tiles = nb.verify_dataset(config)[0]
+    assert all(set(nb.RooftopDataset(tiles, config)[0, i][1].unique().tolist()) == {0, 2} for i in range(4))
+
+
 @pytest.mark.parametrize("kind", ["standard", "strong"])
 def test_augmentation_depends_on_seed_epoch_and_tile_alone(nb, settings, tiles, kind):
     config = config_of(nb, settings)
