@@ -8,9 +8,9 @@ from types import ModuleType
 import matplotlib
 import numpy as np
 import pytest
-from PIL import Image
 
 import nbtools
+from faulty import save
 
 matplotlib.use("Agg")
 os.environ["HF_HUB_OFFLINE"] = "1"  # weights that are not cached fail at once, not after half a minute
@@ -35,12 +35,6 @@ def settings(defaults: dict, tmp_path: Path) -> dict:
     small = {"root": str(tmp_path / "data"), "save_dir": str(tmp_path / "models"), "image_size": 64}
     quick = {"batch_size": 4, "encoder_name": "resnet18", "encoder_weights": None, "epochs": 2, "num_workers": 0}
     return defaults | small | quick
-
-
-def save(path: Path, pixels: np.ndarray, **options: object) -> None:
-    """Write pixels as an image file, its folder too."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    Image.fromarray(pixels).save(path, **options)
 
 
 @pytest.fixture

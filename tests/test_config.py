@@ -6,7 +6,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from conftest import save
+from faulty import save
 
 
 def test_defaults_are_valid_and_frozen(nb, defaults):
@@ -49,6 +49,14 @@ BAD = {
     "empty weights": {"encoder_weights": ""},
     "no loss": {"ce_weight": 0.0, "dice_weight": 0.0},
     "None where a value is needed": {"root": None},
+    "ignored class": {"ignore_value": 255},
+    "ignore value too large": {"ignore_value": 256},
+    "unknown way with large images": {"large_images": "crop"},
+    "threshold of one": {"threshold": 1.0},
+    "threshold by another name": {"threshold": "best"},
+    "tta that is a number": {"tta": 8},
+    "ensemble that is a name": {"ensemble": "model.pt"},
+    "ensemble that does not exist": {"ensemble": ["nowhere/model.pt"]},
 }
 
 
@@ -59,6 +67,13 @@ def test_bad_setting_is_named_with_its_value(nb, defaults, change):
     name, value = next(iter(change.items()))
     assert name in str(caught.value)
     assert str(value) in str(caught.value)
+
+
+def test_a_threshold_needs_two_classes(nb, defaults):
+    three = {"num_classes": 3, "class_names": ["a", "b", "c"], "class_values": [0, 1, 2]}
+    assert nb.make_config(**defaults | three).threshold == "auto"
+    with pytest.raises(ValueError, match="threshold = 0.4"):
+        nb.make_config(**defaults | three | {"threshold": 0.4})
 
 
 def test_all_problems_in_one_message_and_what_is_allowed(nb, defaults):

@@ -10,7 +10,8 @@ import pytest
 import torch
 from PIL import Image
 
-from conftest import save
+import faulty
+from faulty import save
 
 
 def config_of(nb, settings, **changes):
@@ -20,30 +21,48 @@ def config_of(nb, settings, **changes):
 # ---- reading
 
 
-@pytest.mark.parametrize("mode", ["RGB", "L", "P", "RGBA", "LA", "1"])
+@pytest.mark.parametrize("mode", ["RGB", "L", "P", "RGBA", "LA"])
 @pytest.mark.parametrize("suffix", [".png", ".tif"])
 def test_images_of_many_kinds_become_rgb(nb, tmp_path, mode, suffix):
     pixels = np.zeros((6, 9, 3), np.uint8)
     pixels[:3] = 255
     Image.fromarray(pixels).convert(mode).save(tmp_path / f"a{suffix}")
-    read = nb.read_pixels(tmp_path / f"a{suffix}", "RGB")
-    assert read.dtype == np.uint8 and np.array_equal(read, pixels)
+    read, seen = nb.read_image(tmp_path / f"a{suffix}", 255)
+    assert read.dtype == np.uint8 and np.array_equal(read, pixels) and seen.all()
 
 
+@pytest.mark.parametrize("suffix", [".png", ".jpg", ".tif", ".webp", ".bmp"])
 @pytest.mark.parametrize("spoil", [lambda data: b"", lambda data: data[: len(data) // 2], lambda data: b"no image" * 9])
-def test_a_broken_file_is_named(nb, tmp_path, spoil):
-    path = tmp_path / "broken.png"
+def test_a_broken_file_is_named(nb, tmp_path, suffix, spoil):
+    path = tmp_path / f"broken{suffix}"
     save(path, np.random.default_rng(0).integers(0, 255, (32, 32, 3), np.uint8))
     path.write_bytes(spoil(path.read_bytes()))
-    with pytest.raises(ValueError, match=r"broken\.png"):
-        nb.read_pixels(path, "RGB")
+    with pytest.raises(ValueError, match=rf"broken\{suffix}"):
+        nb.read_image(path, 255)
 
 
-@pytest.mark.parametrize("pixels", [np.full((4, 4), 40000, np.uint16), np.ones((4, 4), np.float32)])
-def test_deep_pixels_are_refused_by_name_with_what_to_do(nb, tmp_path, pixels):
-    save(tmp_path / "deep.tif", pixels)
-    with pytest.raises(ValueError, match=r"deep\.tif.*convert them to 8-bit"):
-        nb.read_pixels(tmp_path / "deep.tif", "RGB")
+def test_a_file_of_another_format_is_not_opened(nb, tmp_path):
+    save(tmp_path / "secret.png", np.zeros((4, 4, 3), np.uint8))
+    (tmp_path / "link.tif").write_text(
+        f'<VRTDataset rasterXSize="4" rasterYSize="4"><VRTRasterBand dataType="Byte" band="1"><SimpleSource>'
+        f"<SourceFilename>{tmp_path}/secret.png</SourceFilename></SimpleSource></VRTRasterBand></VRTDataset>"
+    )
+    with pytest.raises(ValueError, match=r"link\.tif: not a PNG"):
+        nb.read_image(tmp_path / "link.tif", 255)
+
+
+@pytest.mark.parametrize(
+    ("bands", "white", "expected"),
+    [
+        (np.array([[[0, 2048, 4095]]], np.uint16), 4095, [0, 127, 255]),
+        (np.array([[[0, 32768, 65535]]] * 3, np.uint16), 65535, [0, 127, 255]),
+        (np.array([[[0, 127, 255]]], np.uint8), 255, [0, 127, 255]),
+    ],
+)
+def test_deep_pixels_are_scaled_to_white(nb, tmp_path, bands, white, expected):
+    faulty.save_tiff(tmp_path / "deep.tif", bands)
+    image, _ = nb.read_image(tmp_path / "deep.tif", white)
+    assert image.shape == (1, 3, 3) and image[0, :, 0].tolist() == expected
 
 
 @pytest.mark.parametrize(
@@ -57,83 +76,118 @@ def test_deep_pixels_are_refused_by_name_with_what_to_do(nb, tmp_path, pixels):
         ([0, 0, 0, 0], [0, 0, 0, 0], None),
     ],
 )
-def test_label_values_become_class_numbers(nb, tmp_path, values, expected, kind):
-    save(tmp_path / "a.png", np.array([values], np.uint8))
-    label, odd = nb.read_label(tmp_path / "a.png", [0, 255])
-    assert label.dtype == np.uint8 and label.tolist() == [expected]
-    assert (odd and odd[0]) == kind
-    inverted, odd = nb.read_label(tmp_path / "a.png", [255, 0])
-    assert inverted.tolist() == [[1 - number for number in expected]] and (odd and odd[0]) == kind
+def test_label_values_become_class_numbers(nb, settings, write_pair, values, expected, kind):
+    for class_values, numbers in (([0, 255], expected), ([255, 0], [1 - number for number in expected])):
+        config = config_of(nb, settings, class_values=class_values)
+        write_pair("a_1")
+        label = np.repeat(np.repeat([values], 16, axis=1), 64, axis=0).astype(np.uint8)  # four broad stripes
+        save(Path(config.root) / config.labels_dir / "a_1_label.png", label)
+        (pair,), _ = nb.pair_files(config)
+        tile, faults = nb.inspect_pair(pair, config)
+        assert nb.read_tile(tile, config)[1][0, ::16].tolist() == numbers
+        kinds = {fault.kind for fault in faults} - {"label without roof", "label without background"}
+        assert kinds == ({kind} if kind else set())
 
 
 def test_palette_and_three_class_labels_keep_their_numbers(nb, tmp_path):
     image = Image.fromarray(np.array([[0, 1, 2]], np.uint8), mode="P")
     image.putpalette([0, 0, 0, 255, 0, 0, 255, 255, 255])
     image.save(tmp_path / "a.png")
-    assert nb.read_label(tmp_path / "a.png", [0, 1, 2])[0].tolist() == [[0, 1, 2]]
-    save(tmp_path / "b.png", np.array([[10, 20, 30]], np.uint8))
-    assert nb.read_label(tmp_path / "b.png", [30, 10, 20])[0].tolist() == [[1, 2, 0]]
+    with nb.open_raster(tmp_path / "a.png") as raster:
+        assert nb.label_values(raster).tolist() == [[0, 1, 2]]
+    image.putpalette([255, 255, 255, 0, 0, 0, 9, 9, 9])  # grey: here the colours are what is meant
+    image.save(tmp_path / "a.png")
+    with nb.open_raster(tmp_path / "a.png") as raster:
+        assert nb.label_values(raster).tolist() == [[255, 0, 9]]
+
+
+@pytest.mark.parametrize("kind", [np.uint16, np.int32, np.float32, np.uint8])
+def test_labels_of_any_type_hold_whole_numbers(nb, tmp_path, kind):
+    faulty.save_tiff(tmp_path / "a.tif", np.array([[[0, 1, 255]]]).astype(kind))
+    with nb.open_raster(tmp_path / "a.tif") as raster:
+        assert nb.label_values(raster).tolist() == [[0, 1, 255]]
+
+
+@pytest.mark.parametrize("value", [256, -1, 0.5, np.nan, np.inf])
+def test_label_values_that_do_not_fit_are_refused(nb, tmp_path, value):
+    faulty.save_tiff(tmp_path / "a.tif", np.array([[[0, value, 1]]]).astype(np.float32))
+    with nb.open_raster(tmp_path / "a.tif") as raster, pytest.raises(ValueError, match=r"a\.tif: label values other"):
+        nb.label_values(raster)
+
+
+def test_ignored_values_and_transparent_pixels_have_no_class(nb, settings, write_pair):
+    config = config_of(nb, settings, ignore_value=100)
+    image, label = faulty.picture("a_1")
+    label[:8], label[8:16] = 100, 0
+    clear = np.dstack([image, np.full((64, 64), 255, np.uint8)])
+    clear[16:24, :, 3] = 0
+    save(Path(config.root) / config.images_dir / "a_1.png", clear)
+    save(Path(config.root) / config.labels_dir / "a_1_label.png", label)
+    (pair,), _ = nb.pair_files(config)
+    tile, faults = nb.inspect_pair(pair, config)
+    _, read = nb.read_tile(tile, config)
+    assert (read[:8] == nb.IGNORE_INDEX).all() and (read[16:24] == nb.IGNORE_INDEX).all()
+    assert set(np.unique(read[24:])) == {0, 1} and (read[8:16] == 0).all()
+    assert sum(tile.class_pixels) == 64 * 48 and {fault.kind for fault in faults} == {"image with alpha"}
 
 
 # ---- pairing and verifying
 
 
-@pytest.fixture
-def faulty(settings, write_pair):
-    """A folder with six good pairs and one of every fault."""
-    for i in range(6):
-        write_pair(f"good_{i}")
-    for stem in ("lonely_1", "short_1", "empty_1", "small_1", "twice_1", "wrong_1"):
-        write_pair(stem)
-    write_pair("binary_1", high=1)
-    write_pair("grey_1", high=200)
-    images = Path(settings["root"]) / settings["images_dir"]
-    labels = Path(settings["root"]) / settings["labels_dir"]
-    (labels / "lonely_1_label.png").unlink()
-    save(labels / "stray_1_label.png", np.zeros((64, 64), np.uint8))
-    data = (images / "short_1.png").read_bytes()
-    (images / "short_1.png").write_bytes(data[: len(data) // 2])
-    (labels / "empty_1_label.png").write_bytes(b"")
-    save(labels / "small_1_label.png", np.zeros((32, 64), np.uint8))
-    save(images / "twice_1.jpg", np.zeros((64, 64, 3), np.uint8))
-    save(labels / "wrong_1_label.png", np.full((64, 64), 255, np.uint8))
-    save(images / ".hidden_1.png", np.zeros((64, 64, 3), np.uint8))
-    return settings
-
-
-def test_every_fault_is_found_and_good_pairs_go_on(nb, faulty):
-    before = {path: path.read_bytes() for path in Path(faulty["root"]).rglob("*.*")}
-    tiles, report = nb.verify_dataset(config_of(nb, faulty))
+def test_every_fault_is_found_and_good_pairs_go_on(nb, settings):
+    root = Path(settings["root"])
+    expected = faulty.build(root)
+    before = {path: path.read_bytes() for path in root.rglob("*.*") if path.is_file()}
+    tiles, report = nb.verify_dataset(config_of(nb, settings))
     found = {(Path(row.file).name, row.kind, row.action) for row in report.itertuples()}
-    assert found == {
-        ("lonely_1.png", "image without label", "left out"),
-        ("stray_1_label.png", "label without image", "left out"),
-        ("short_1.png", "unreadable", "left out"),
-        ("empty_1.png", "unreadable", "left out"),
-        ("small_1.png", "size mismatch", "left out"),
-        ("twice_1.jpg", "several files for one tile", "left out"),
-        ("binary_1_label.png", "label of 0 and 1", "1 read as 255"),
-        ("grey_1_label.png", "unexpected label values", "read as the nearest class value"),
-        ("wrong_1_label.png", "label without background", "used"),
-    }
-    stems = [Path(tile.image).stem for tile in tiles]
-    assert stems == ["binary_1", *(f"good_{i}" for i in range(6)), "grey_1", "wrong_1"]
-    assert tiles[0].class_pixels == (64 * 64 - 32 * 32, 32 * 32)
-    with open(Path(faulty["save_dir"]) / "dataset_report.csv", newline="") as file:
+    assert {(name, *what) for name, what in expected.items()} <= found
+    left_out = {Path(row.file).stem for row in report.itertuples() if row.action == "left out"}
+    stems = {Path(tile.name).stem for tile in tiles}
+    assert not stems & left_out and {"good_0", "inner_1", "Dächer_1", "wrong_1", "deep_1", "twin_1"} <= stems
+    kinds = {kind for _, kind, _ in found}
+    assert kinds == {kind for kind, _ in expected.values()}  # and nothing is made up
+    good = [row for row in report.itertuples() if Path(row.file).stem.startswith("good_")]
+    assert good == []
+    details = " ".join(report["detail"])
+    for hint in ("CMYK pixels; convert", "float32 pixels; scale", "4 bands; save the red", "image 64 x 64, label 64 x 32"):
+        assert hint in details
+    with open(Path(settings["save_dir"]) / "dataset_report.csv", newline="", encoding="utf-8") as file:
         rows = list(csv.reader(file))
-    assert rows[0] == ["file", "kind", "detail", "action"] and len(rows) == 10
-    detail = {row[1]: row[2] for row in rows}
-    assert "empty_1_label.png" in rows[[Path(r[0]).name for r in rows].index("empty_1.png")][2]
-    assert detail["size mismatch"] == "image 64 x 64, label 64 x 32"
-    assert before == {path: path.read_bytes() for path in Path(faulty["root"]).rglob("*.*")}
+    assert rows[0] == ["file", "kind", "detail", "action"] and len(rows) == len(report) + 1
+    assert before == {path: path.read_bytes() for path in root.rglob("*.*") if path.is_file()}
+
+
+def test_sixteen_bits_are_scaled_alike(nb, settings):
+    faulty.build(Path(settings["root"]))
+    tiles, _ = nb.verify_dataset(config_of(nb, settings))
+    deep = [tile for tile in tiles if "deep" in tile.name]
+    assert [tile.white for tile in deep] == [4095, 4095]  # the darker one too, though it goes up to 2047 only
+    assert {tile.white for tile in tiles if "deep" not in tile.name} == {1, 255}  # 1: the image of one bit
+    image, _ = nb.read_tile(deep[0], config_of(nb, settings))
+    assert abs(image.astype(int) - faulty.picture("deep_1")[0]).max() <= 1
+
+
+def test_identical_images_stay_in_one_split(nb, settings, write_pair):
+    for i in range(40):
+        write_pair(f"s{i}_1")
+    images = Path(settings["root"]) / settings["images_dir"]
+    for i in range(0, 40, 4):
+        (images / f"s{i}_1.png").write_bytes((images / "s1_1.png").read_bytes())
+    for group_by in ("auto", None, r"^(s)"):
+        config = config_of(nb, settings, group_by=group_by)
+        tiles = nb.find_scenes(nb.verify_dataset(config)[0], group_by)
+        split, _ = nb.split_by_scene(tiles, config)
+        assert sorted(tile.name for part in split.values() for tile in part) == sorted(tile.name for tile in tiles)
+        places = [part for part in nb.SPLITS for tile in split[part] if tile.digest == tiles[1].digest]
+        assert len(places) == 11 and len(set(places)) == 1
 
 
 def test_pairs_are_made_by_name_across_suffixes_and_folders(nb, settings, write_pair):
-    for stem in ("b/tile_10", "b/tile_2", "a tile", "Ünï_1"):
+    for stem in ("b/tile_10", "b/tile_2", "a tile", "Ünï_1", "thumbing_1"):
         write_pair(stem, suffix=".JPG")
     pairs, faults = nb.pair_files(config_of(nb, settings))
     assert faults == []
-    assert [image.stem for image, _ in pairs] == ["a tile", "tile_2", "tile_10", "Ünï_1"]
+    assert [image.stem for image, _ in pairs] == ["a tile", "tile_2", "tile_10", "thumbing_1", "Ünï_1"]
     assert all(label.stem == f"{image.stem}_label" for image, label in pairs)
 
 
@@ -147,10 +201,29 @@ def test_links_are_followed_but_not_in_circles(nb, settings, write_pair, tmp_pat
     assert [path.name for path in nb.find_images(images)] == ["y_1.png", "x_1.png"]
 
 
-def test_labels_of_the_same_stem(nb, settings, write_pair):
-    settings |= {"label_suffix": "", "labels_dir": "masks"}
-    write_pair("x_1")
-    assert len(nb.pair_files(config_of(nb, settings))[0]) == 1
+@pytest.mark.parametrize(
+    ("images_dir", "labels_dir", "label_suffix", "files"),
+    [
+        ("images", "masks", "", ["images/a_1.png", "masks/a_1.png"]),  # Inria: images, gt
+        ("train", "train_labels", "", ["train/a_1.tiff", "train_labels/a_1.tif", "val/b.tiff"]),  # Massachusetts
+        ("*", "*_labels", "", ["train/a_1.tiff", "train_labels/a_1.tif", "val/a_1.tiff", "val_labels/a_1.tif"]),
+        ("*/image", "*/label", "", ["train/image/a_1.tif", "train/label/a_1.tif", "test/image/2.tif", "test/label/2.tif"]),
+        (".", ".", "_mask", ["city/a_1.png", "city/a_1_mask.png", "b.png", "b_mask.png"]),
+        ("all", "all/masks", "", ["all/a_1.png", "all/masks/a_1.png"]),
+        ("im[1]", "la?", "_label", ["im[1]/a_1.png", "la?/a_1_label.png"]),
+    ],
+)
+def test_layouts_of_well_known_data_sets(nb, settings, images_dir, labels_dir, label_suffix, files):
+    image, label = faulty.picture("a")
+    for name in files:
+        is_label = "label" in name or "mask" in name
+        save(Path(settings["root"]) / name, label if is_label else image)
+    layout = {"images_dir": images_dir, "labels_dir": labels_dir, "label_suffix": label_suffix}
+    config = config_of(nb, settings, **layout)
+    assert not nb.use_sample(config)
+    pairs, faults = nb.pair_files(config)
+    found = sorted(path.relative_to(settings["root"]).as_posix() for pair in pairs for path in pair)
+    assert found == sorted(name for name in files if not name.startswith("val/b")) and faults == []
 
 
 def test_too_few_tiles_stop_with_the_reasons(nb, settings, write_pair):
@@ -164,8 +237,8 @@ def test_too_few_tiles_stop_with_the_reasons(nb, settings, write_pair):
 
 def test_real_tiles_verify_clean(nb, defaults, real_tiles, tmp_path):
     tiles, report = nb.verify_dataset(nb.make_config(**defaults | {"root": real_tiles, "save_dir": str(tmp_path)}))
-    assert len(tiles) == 712 and len(report) == 0
-    assert sum(tile.class_pixels[1] == 0 for tile in tiles) == 339
+    assert len(tiles) == 712 and report["kind"].tolist() == ["label without roof"] * 339
+    assert {tile.white for tile in tiles} == {255} and sum(tile.class_pixels[1] == 0 for tile in tiles) == 339
     assert np.mean([nb.roof_share(tile) for tile in tiles]) == pytest.approx(0.09, abs=0.005)
 
 
@@ -184,7 +257,7 @@ def tiles(nb, settings, write_pair):
 def test_item_is_standardised_and_of_the_models_size(nb, settings, write_pair, side):
     for i in range(4):
         write_pair(f"s_{i}", side=side)
-    config = config_of(nb, settings)
+    config = config_of(nb, settings, large_images="resize")
     image, label = nb.RooftopDataset(nb.verify_dataset(config)[0], config)[0, 0]
     assert image.shape == (3, 64, 64) and image.dtype == torch.float32
     assert label.shape == (64, 64) and label.dtype == torch.int64
@@ -200,26 +273,28 @@ def test_resizing_invents_no_class_between_two_others(nb, settings, write_pair):
     for i in range(4):
         write_pair(f"s_{i}", side=100)
     three = {"num_classes": 3, "class_names": ["ground", "wall", "roof"], "class_values": [0, 100, 255]}
-    config = config_of(nb, settings, **three)
+    config = config_of(nb, settings, large_images="resize", **three)
     tiles = nb.verify_dataset(config)[0]
     assert all(set(nb.RooftopDataset(tiles, config)[0, i][1].unique().tolist()) == {0, 2} for i in range(4))
 
 
 @pytest.mark.parametrize("kind", ["standard", "strong"])
 def test_augmentation_depends_on_seed_epoch_and_tile_alone(nb, settings, tiles, kind):
-    config = config_of(nb, settings)
-    data = nb.RooftopDataset(tiles, config, kind)
+    config = config_of(nb, settings, augmentation=kind)
+    data = nb.RooftopDataset(tiles, config, train=True)
     first, _ = data[1, 0]
     data[2, 5]  # another tile in between changes nothing
     assert torch.equal(data[1, 0][0], first)
     assert not torch.equal(data[2, 0][0], first)
-    other = nb.RooftopDataset(tiles, config_of(nb, settings, seed=1), kind)
+    other = nb.RooftopDataset(tiles, config_of(nb, settings, seed=1, augmentation=kind), train=True)
     assert not torch.equal(other[1, 0][0], first)
     assert all(set(data[epoch, 3][1].unique().tolist()) <= {0, 1} for epoch in range(20))
+    held_out = nb.RooftopDataset(tiles, config)
+    assert torch.equal(held_out[1, 0][0], held_out[2, 0][0])  # what judges the model is never changed
 
 
 def test_augmented_label_follows_its_image(nb, settings, tiles):
-    data = nb.RooftopDataset(tiles, config_of(nb, settings), "standard")
+    data = nb.RooftopDataset(tiles, config_of(nb, settings), train=True)
     for epoch in range(10):
         image, label = data.pixels(epoch, 2)
         bright = image.mean(axis=2) > image.mean()
@@ -227,7 +302,7 @@ def test_augmented_label_follows_its_image(nb, settings, tiles):
 
 
 def test_transforms_draw_independently(nb, settings, tiles):
-    data = nb.RooftopDataset(tiles, config_of(nb, settings), "standard")
+    data = nb.RooftopDataset(tiles, config_of(nb, settings), train=True)
     kept = []
     for epoch in range(200):
         image, label = data.pixels(epoch, 0)
@@ -240,8 +315,8 @@ def test_transforms_draw_independently(nb, settings, tiles):
 @pytest.mark.parametrize("workers", [0, 2])
 def test_batches_are_the_same_whatever_the_workers(nb, settings, tiles, workers):
     def batches(count, epoch):
-        config = config_of(nb, settings, num_workers=count)
-        loader = nb.make_loader(nb.RooftopDataset(tiles, config, "strong"), torch.device("cpu"), train=True)
+        config = config_of(nb, settings, num_workers=count, augmentation="strong")
+        loader = nb.make_loader(nb.RooftopDataset(tiles, config, train=True), torch.device("cpu"))
         loader.sampler.epoch = epoch
         return [images for images, _ in loader]
 
@@ -252,9 +327,9 @@ def test_batches_are_the_same_whatever_the_workers(nb, settings, tiles, workers)
 @pytest.mark.parametrize(("batch", "sizes"), [(4, [4, 4, 4]), (5, [5, 5]), (12, [12]), (13, [12])])
 def test_training_batches_are_full_unless_there_is_only_one(nb, settings, tiles, batch, sizes):
     config = config_of(nb, settings, batch_size=batch)
-    data, cpu = nb.RooftopDataset(tiles, config), torch.device("cpu")
-    assert [len(images) for images, _ in nb.make_loader(data, cpu, train=True)] == sizes
-    assert sum(len(images) for images, _ in nb.make_loader(data, cpu)) == 12
+    sets = [nb.RooftopDataset(tiles, config, train=train) for train in (True, False)]
+    batches = [[len(images) for images, _ in nb.make_loader(data, torch.device("cpu"))] for data in sets]
+    assert batches[0] == sizes and sum(batches[1]) == 12
 
 
 def test_no_workers_where_they_cannot_be_forked(nb, monkeypatch):
@@ -267,18 +342,25 @@ def test_no_workers_where_they_cannot_be_forked(nb, monkeypatch):
 
 
 def fake(nb, names, roof=0.1):
-    return [nb.Tile(f"images/{n}.png", "", 10, 10, "", (int(100 - 100 * roof), int(100 * roof))) for n in names]
+    counts = (int(100 - 100 * roof), int(100 * roof))
+    facts = ("", "", 0, 0, 10, 10, "", 255, False, counts)
+    return [nb.Tile(f"images/{n}.png", *facts, digest=n, place=None) for n in names]
 
 
 def split_of(nb, defaults, tiles, **changes):
-    return nb.split_by_scene(tiles, nb.make_config(**defaults | changes))
+    config = nb.make_config(**defaults | changes)
+    return nb.split_by_scene(nb.find_scenes(tiles, config.group_by), config)
+
+
+def names_of(tiles):
+    return [tile.name for tile in tiles]
 
 
 def test_scenes_never_straddle_a_split(nb, defaults):
     tiles = fake(nb, [f"block-{i // 7:02}_{i}" for i in range(210)])
     split, how = split_of(nb, defaults, tiles)
-    assert sorted(sum(split.values(), [])) == sorted(tiles)
-    scenes = {part: {nb.scene_of(tile.image, "auto") for tile in split[part]} for part in nb.SPLITS}
+    assert sorted(names_of(sum(split.values(), []))) == sorted(names_of(tiles))
+    scenes = {part: {nb.scene_of(tile.name, "auto") for tile in split[part]} for part in nb.SPLITS}
     assert not (scenes["train"] & scenes["val"] or scenes["train"] & scenes["test"] or scenes["val"] & scenes["test"])
     assert 0.85 <= len(split["train"]) / 210 <= 0.95 and "30 whole scenes" in how
     assert split_of(nb, defaults, tiles)[0] == split
@@ -296,7 +378,7 @@ def test_roof_shares_are_alike_where_possible(nb, defaults):
 def test_one_scene_is_cut_into_contiguous_runs(nb, defaults, count):
     tiles = fake(nb, [f"image_{i}" for i in range(count)])
     split, how = split_of(nb, defaults, tiles)
-    assert split["train"] + split["val"] + split["test"] == tiles  # in natural order
+    assert names_of(split["train"] + split["val"] + split["test"]) == names_of(tiles)  # in natural order
     assert all(len(split[part]) >= max(1, count // 20 - 1) for part in nb.SPLITS) and "contiguous runs" in how
 
 
@@ -305,7 +387,7 @@ def test_one_scene_is_cut_into_contiguous_runs(nb, defaults, count):
 def test_every_split_gets_a_tile_however_few_there_are(nb, defaults, count, scenes):
     tiles = fake(nb, sorted(f"s{i % scenes}_{i}" for i in range(count)))
     split, _ = split_of(nb, defaults, tiles)
-    assert all(split.values()) and sorted(sum(split.values(), [])) == sorted(tiles)
+    assert all(split.values()) and sorted(names_of(sum(split.values(), []))) == sorted(names_of(tiles))
     assert len(split["train"]) >= count / 2
 
 
@@ -334,7 +416,7 @@ def test_regex_that_does_not_match_names_the_file(nb):
 
 def test_split_from_a_file(nb, defaults, tmp_path):
     tiles = fake(nb, [f"a_{i}" for i in range(6)])
-    names = {"train": [t.image for t in tiles[:3]] + ["gone.png"], "val": [tiles[4].image], "test": [tiles[5].image]}
+    names = {"train": names_of(tiles[:3]) + ["gone.png"], "val": [tiles[4].name], "test": [tiles[5].name]}
     path = tmp_path / "split.json"
     path.write_text(json.dumps(names))
     config = nb.make_config(**defaults | {"split": str(path)})
@@ -349,10 +431,41 @@ def test_split_from_a_file(nb, defaults, tmp_path):
 
 def test_real_tiles_split_by_block(nb, defaults, real_tiles, tmp_path):
     config = nb.make_config(**defaults | {"root": real_tiles, "save_dir": str(tmp_path)})
-    split, _ = nb.split_by_scene(nb.verify_dataset(config)[0], config)
-    blocks = {part: {Path(t.image).stem.split("_")[0] for t in split[part]} for part in nb.SPLITS}
+    tiles = nb.find_scenes(nb.verify_dataset(config)[0], "auto")
+    split, _ = nb.split_by_scene(tiles, config)
+    assert nb.beside_training(tiles, split) == 0
+    blocks = {part: {Path(t.name).stem.split("_")[0] for t in split[part]} for part in nb.SPLITS}
     assert not blocks["train"] & (blocks["val"] | blocks["test"]) and not blocks["val"] & blocks["test"]
     assert all(abs(len(split[p]) / 712 - share) < 0.02 for p, share in zip(nb.SPLITS, config.split, strict=True))
+
+
+def test_touching_tiles_are_one_scene(nb, defaults):
+    tiles = fake(nb, [f"tile{i}" for i in range(7)])
+    boxes = [(0, 0, 10, 10), (10, 0, 20, 10), (20.4, 10, 30, 20), (50, 0, 60, 10), (62, 0, 70, 10), (0, 0, 10, 10)]
+    placed = [tile._replace(place=("EPSG:32633", *box, 1.0)) for tile, box in zip(tiles, boxes, strict=False)]
+    placed[5] = placed[5]._replace(place=("EPSG:32634", *boxes[5], 1.0))  # another zone
+    numbers = [tile.scene for tile in nb.find_scenes([*placed, tiles[6]], "auto")]
+    assert numbers[0] == numbers[1] == numbers[2] and len(set(numbers[2:])) == 5
+    assert len({tile.scene for tile in nb.find_scenes(placed, None)}) == 6  # a random tile split was asked for
+
+
+def test_georeference_comes_from_the_files(nb, settings):
+    root = Path(settings["root"])
+    for i in range(4):
+        image, label = faulty.picture(f"x{i}")
+        corner = {"crs": "EPSG:32633", "transform": faulty.rasterio.transform.from_origin(500000 + 32 * i, 0, 0.5, 0.5)}
+        faulty.save_tiff(root / settings["images_dir"] / f"x{i}.tif", np.moveaxis(image, 2, 0), **corner)
+        save(root / settings["labels_dir"] / f"x{i}_label.png", label)
+    tiles = nb.verify_dataset(config_of(nb, settings))[0]
+    assert tiles[1].place == ("EPSG:32633", 500032.0, -32.0, 500064.0, 0.0, 0.5)
+    assert len({tile.scene for tile in nb.find_scenes(tiles, "auto")}) == 1
+
+
+def test_how_much_a_split_leaks(nb):
+    tiles = nb.find_scenes(fake(nb, [f"a_{i}" for i in range(6)] + [f"b_{i}" for i in range(4)]), "auto")
+    assert nb.beside_training(tiles, {"train": tiles[:6]}) == 0  # scene b held out whole
+    assert nb.beside_training(tiles, {"train": tiles[:4]}) == pytest.approx(1 / 6)  # a_4, of a_4, a_5 and b
+    assert nb.beside_training(tiles, {"train": [*tiles[:6:2], *tiles[6::2]]}) == 1
 
 
 # ---- the sample

@@ -170,11 +170,6 @@ def test_false_alarms_without_any_roof_give_no_roof_iou(nb):
     assert score.result()["roof_iou"] is None
 
 
-def test_roof_area_error(nb):
-    assert nb.roof_area_error(torch.tensor([[50, 10], [5, 35]])) == pytest.approx(45 / 40 - 1)
-    assert nb.roof_area_error(torch.tensor([[50, 10], [0, 0]])) is None
-
-
 # ---- training
 
 
@@ -184,10 +179,10 @@ def prepared(nb, settings, write_pair):
     for i in range(8):
         write_pair(f"s{i}_{i}")
     config = nb.make_config(**settings | {"split": [0.5, 0.25, 0.25], "augmentation": "none"})
-    tiles, _ = nb.verify_dataset(config)
+    tiles = nb.find_scenes(nb.verify_dataset(config)[0], config.group_by)
     split, _ = nb.split_by_scene(tiles, config)
-    loaders = {p: nb.make_loader(nb.RooftopDataset(split[p], config), CPU, train=p == "train") for p in nb.SPLITS}
-    names = {p: [tile.image for tile in split[p]] for p in nb.SPLITS}
+    loaders = {p: nb.make_loader(nb.RooftopDataset(split[p], config, p == "train"), CPU) for p in nb.SPLITS}
+    names = {p: [tile.name for tile in split[p]] for p in nb.SPLITS}
     return config, nb.start_run(config, CPU, "fp32"), loaders, names
 
 
@@ -360,15 +355,6 @@ def test_a_write_that_fails_leaves_the_older_file(nb, tmp_path):
     with pytest.raises(OSError, match="disk full"):
         nb.write_whole(path, fail)
     assert path.read_bytes() == b"old"
-
-
-def test_prediction_comes_at_the_images_own_size(nb, prepared):
-    config, run, _, _ = prepared
-    run.model.eval()
-    for shape in ((64, 64, 3), (40, 90, 3), (200, 130, 3)):
-        probabilities = nb.predict(run, np.zeros(shape, np.uint8), config.image_size)
-        assert probabilities.shape == (2, *shape[:2])
-        assert torch.allclose(probabilities.sum(0), torch.ones(shape[:2]), atol=1e-5)
 
 
 def test_memory_estimate_grows_with_the_batch(nb, settings):
