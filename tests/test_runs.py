@@ -5,10 +5,12 @@ import json
 import re
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 
 import nbtools
+from faulty import save
 
 FILES = {"rooftop_best_model_iou.pt", "rooftop_best_model_loss.pt", "rooftop_last.pt"}
 FILES |= {"metrics.json", "split.json", "history.csv", "dataset_report.csv"}
@@ -30,10 +32,13 @@ def test_sample_from_nothing(tmp_path):
     assert {path.name for path in folder.iterdir()} == FILES
     assert {path.name for path in tmp_path.iterdir()} == {"dataset", "saved_models"}
     assert pictures(notebook) == dict.fromkeys(
-        ["look-tiles", "look-augmented", "curves-run", "show-random", "show-worst"], 1
+        ["look-tiles", "look-augmented", "curves-run", "reliability-run", "show-random", "show-worst", "show-suspects"], 1
     )
     metrics = json.loads((folder / "metrics.json").read_text())
     assert metrics["iou"]["rooftop"] >= 0.8
+    low, high = metrics["intervals"]["iou"]["rooftop"]
+    assert low < metrics["iou"]["rooftop"] < high and 0 < metrics["threshold"] < 1
+    assert metrics["object_f1"].keys() == {"rooftop"} and metrics["boundary_iou"].keys() == {"background", "rooftop"}
     split = json.loads((folder / "split.json").read_text())
     assert metrics["tiles"] == len(split["test"])
     saved = torch.load(folder / metrics["checkpoint"], weights_only=True)
@@ -48,25 +53,54 @@ def test_own_tiles_with_every_cell_run_twice(tmp_path, settings, write_pair):
     for i in range(20):
         write_pair(f"scene{i // 2}_{i}", side=80)
     changes = {"root": settings["root"], "image_size": 64, "batch_size": 4, "epochs": 2} | QUICK
+    changes |= {"large_images": "resize"}
     once = nbtools.run(nbtools.NOTEBOOK, tmp_path / "data", save_dir="once", **changes)
     twice = nbtools.run(nbtools.NOTEBOOK, tmp_path / "data", save_dir="twice", twice=True, **changes)
     results = [json.loads((tmp_path / "data" / name / "metrics.json").read_text()) for name in ("once", "twice")]
     assert results[0] == results[1]
     assert {path.name for path in (tmp_path / "data" / "twice").iterdir()} == FILES
-    assert "20 usable tiles" in nbtools.printed(once) and "20 tiles shrunk" in nbtools.printed(once)
+    assert "20 usable images" in nbtools.printed(once) and "shrunk: 20, enlarged: 0" in nbtools.printed(once)
     assert len(re.findall(r"epoch +\d+ +\d+ s ", nbtools.printed(twice))) == 2  # trained once
     assert len(pictures(twice)) == 2 * len(pictures(once))
 
 
 def test_real_tiles_by_one_setting(tmp_path, real_tiles):
     """Real tiles: the notebook runs from verification to the pictures."""
-    small = {"image_size": 64, "batch_size": 16, "epochs": 1} | QUICK
+    small = {"image_size": 64, "large_images": "resize", "batch_size": 16, "epochs": 1, "tta": False} | QUICK
     notebook = nbtools.run(nbtools.NOTEBOOK, tmp_path, root=real_tiles, **small)
     text = nbtools.printed(notebook)
-    assert "712 usable tiles" in text and "70 whole scenes dealt out" in text
+    assert "712 usable images" in text and "70 whole scenes dealt out" in text
     metrics = json.loads((tmp_path / "saved_models" / "metrics.json").read_text())
     assert 0.5 < metrics["pixel_accuracy"] <= 1
     assert not (Path(tmp_path) / "dataset").exists()
+
+
+def test_three_classes_an_ignored_value_and_an_ensemble_of_two_encoders(tmp_path, settings):
+    """Every section adapts to the classes; the second run averages its model with the first one's."""
+    rng = np.random.default_rng(0)
+    for i in range(24):
+        image, label = rng.integers(0, 50, (64, 64, 3), np.uint8), np.zeros((64, 64), np.uint8)
+        for value, channel in ((100, 0), (200, 2)):
+            x, y = rng.integers(0, 40, 2)
+            label[y : y + 24, x : x + 24], image[y : y + 24, x : x + 24, channel] = value, 200
+        label[:4] = 7
+        save(Path(settings["root"]) / settings["images_dir"] / f"s{i}_1.png", image)
+        save(Path(settings["root"]) / settings["labels_dir"] / f"s{i}_1_label.png", label)
+    classes = {"class_names": ["ground", "roof", "pool"], "class_values": [0, 100, 200], "num_classes": 3}
+    small = {"root": settings["root"], "image_size": 64, "batch_size": 4, "epochs": 8, "split": [0.6, 0.2, 0.2]}
+    changes = classes | small | QUICK | {"ignore_value": 7}
+    nbtools.run(nbtools.NOTEBOOK, tmp_path, save_dir="one", **changes)
+    one = json.loads((tmp_path / "one" / "metrics.json").read_text())
+    assert set(one["iou"]) == {"ground", "roof", "pool"} and set(one["object_f1"]) == {"roof", "pool"}
+    assert one["threshold"] is None and min(one["iou"].values()) > 0.3
+    changes |= {"encoder_name": "mobilenet_v2", "ensemble": ["one/rooftop_best_model_iou.pt"]}
+    notebook = nbtools.run(nbtools.NOTEBOOK, tmp_path, save_dir="two", **changes)
+    assert "the likeliest class wins" in nbtools.printed(notebook)
+    (table,) = [cell.outputs[-1].data["text/plain"] for cell in notebook.cells if cell.id == "threshold-run"]
+    rows = ["the model alone", "with tta", "with the ensemble", "with both"]
+    assert [row for row in rows if row in table] == rows
+    two = json.loads((tmp_path / "two" / "metrics.json").read_text())
+    assert two["iou"] != one["iou"] and set(two["intervals"]["iou"]) == {"ground", "roof", "pool"}
 
 
 @pytest.mark.parametrize(
