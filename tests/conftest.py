@@ -8,9 +8,9 @@ from types import ModuleType
 import matplotlib
 import numpy as np
 import pytest
+from faulty import save
 
 import nbtools
-from faulty import save
 
 matplotlib.use("Agg")
 os.environ["HF_HUB_OFFLINE"] = "1"  # weights that are not cached fail at once, not after half a minute

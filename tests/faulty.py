@@ -81,14 +81,21 @@ def build(root: Path) -> dict[str, tuple[str, str]]:
     used = {"L": "grey image", "P": "palette image", "LA": "image with alpha", "1": "grey image"}
     for mode, kind in used.items():
         action = "alpha = 0 is no data" if mode == "LA" else "used as RGB"
-        pair(f"mode{mode}_1", kind, action, image=np.asarray(Image.fromarray(picture(f"mode{mode}_1")[0]).convert(mode)))
+        pair(
+            f"mode{mode}_1", kind, action, image=np.asarray(Image.fromarray(picture(f"mode{mode}_1")[0]).convert(mode))
+        )
         Image.fromarray(picture(f"mode{mode}_1")[0]).convert(mode).save(images / f"mode{mode}_1.png")
     transparent = np.dstack([picture("clear_1")[0], np.full((SIDE, SIDE), 255, np.uint8)])
     transparent[:, :16, 3] = 0
     pair("clear_1", "image with alpha", "alpha = 0 is no data", image=transparent)
     deep = picture("deep_1")[0].astype(np.uint16) * 16
     for stem, bands in (("deep_1", np.moveaxis(deep, 2, 0)), ("deep_2", deep[None, ..., 0] // 2)):
-        pair(stem, "16-bit image", "0-4095 read as 0-255", image=(".tif", lambda path, bands=bands: save_tiff(path, bands)))
+        pair(
+            stem,
+            "16-bit image",
+            "0-4095 read as 0-255",
+            image=(".tif", lambda path, bands=bands: save_tiff(path, bands)),
+        )
     floating = np.moveaxis(pixels, 2, 0).astype(np.float32)
     many = np.concatenate([np.moveaxis(pixels, 2, 0), pixels[None, ..., 0]])
     options = {"photometric": "MINISBLACK"}

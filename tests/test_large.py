@@ -3,14 +3,14 @@
 import json
 from pathlib import Path
 
+import faulty
 import numpy as np
 import pytest
 import torch
+from faulty import save
 from PIL import Image
 
-import faulty
 import nbtools
-from faulty import save
 
 CPU = torch.device("cpu")
 
@@ -169,7 +169,10 @@ def test_a_stitched_image_is_scored_as_one(nb, settings, write_raster):
 def test_predictions_come_at_the_labels_own_size(nb, settings, write_pair, height, width):
     for i in range(4):
         save(Path(settings["root"]) / settings["images_dir"] / f"a_{i}.png", faulty.picture("a")[0][:height, :width])
-        save(Path(settings["root"]) / settings["labels_dir"] / f"a_{i}_label.png", faulty.picture("a")[1][:height, :width])
+        save(
+            Path(settings["root"]) / settings["labels_dir"] / f"a_{i}_label.png",
+            faulty.picture("a")[1][:height, :width],
+        )
     tiles, config = verified(nb, settings, large_images="resize")
     predictor = nb.Predictor([nb.start_run(config, CPU, "fp32").model.eval()], CPU, "fp32", tta=True)
     label, probability = nb.predict_tile(predictor, tiles[0], config)
@@ -183,7 +186,7 @@ def test_one_orthophoto_with_its_mask_is_enough(tmp_path, settings, write_raster
     small = {"root": settings["root"], "image_size": 64, "batch_size": 4, "epochs": 1, "num_workers": 1}
     model = {"encoder_name": "resnet18", "encoder_weights": None, "save_dir": str(tmp_path / "out")}
     text = nbtools.printed(nbtools.run(nbtools.NOTEBOOK, tmp_path, **small, **model))
-    assert "each raster cut into three parts" in text and "cut into windows of 64 pixels: 1, shrunk: 0" in text
+    assert "each raster cut into three parts" in text and "cut into windows of 64 pixels: 1 images" in text
     split = json.loads((tmp_path / "out" / "split.json").read_text())
     assert split["test"] == ["images/images/ortho.tif#436,0,64,200"]
     metrics = json.loads((tmp_path / "out" / "metrics.json").read_text())

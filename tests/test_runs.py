@@ -8,9 +8,9 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from faulty import save
 
 import nbtools
-from faulty import save
 
 FILES = {"rooftop_best_model_iou.pt", "rooftop_best_model_loss.pt", "rooftop_last.pt"}
 FILES |= {"metrics.json", "split.json", "history.csv", "dataset_report.csv"}
@@ -32,7 +32,8 @@ def test_sample_from_nothing(tmp_path):
     assert {path.name for path in folder.iterdir()} == FILES
     assert {path.name for path in tmp_path.iterdir()} == {"dataset", "saved_models"}
     assert pictures(notebook) == dict.fromkeys(
-        ["look-tiles", "look-augmented", "curves-run", "reliability-run", "show-random", "show-worst", "show-suspects"], 1
+        ["look-tiles", "look-augmented", "curves-run", "reliability-run", "show-random", "show-worst", "show-suspects"],
+        1,
     )
     metrics = json.loads((folder / "metrics.json").read_text())
     assert metrics["iou"]["rooftop"] >= 0.8
@@ -59,7 +60,7 @@ def test_own_tiles_with_every_cell_run_twice(tmp_path, settings, write_pair):
     results = [json.loads((tmp_path / "data" / name / "metrics.json").read_text()) for name in ("once", "twice")]
     assert results[0] == results[1]
     assert {path.name for path in (tmp_path / "data" / "twice").iterdir()} == FILES
-    assert "20 usable images" in nbtools.printed(once) and "shrunk: 20, enlarged: 0" in nbtools.printed(once)
+    assert "20 usable images" in nbtools.printed(once) and "20 shrunk, 0 enlarged" in nbtools.printed(once)
     assert len(re.findall(r"epoch +\d+ +\d+ s ", nbtools.printed(twice))) == 2  # trained once
     assert len(pictures(twice)) == 2 * len(pictures(once))
 
@@ -101,6 +102,16 @@ def test_three_classes_an_ignored_value_and_an_ensemble_of_two_encoders(tmp_path
     assert [row for row in rows if row in table] == rows
     two = json.loads((tmp_path / "two" / "metrics.json").read_text())
     assert two["iou"] != one["iou"] and set(two["intervals"]["iou"]) == {"ground", "roof", "pool"}
+
+
+def test_a_split_without_test_tiles_stops_before_training(tmp_path, settings, write_pair):
+    for i in range(6):
+        write_pair(f"a_{i}")
+    names = [f"images/images/a_{i}.png" for i in range(6)]
+    (tmp_path / "split.json").write_text(json.dumps({"train": names[:4], "val": names[4:], "test": ["gone.png"]}))
+    changes = {"root": settings["root"], "image_size": 64, "split": "split.json"} | QUICK
+    with pytest.raises(Exception, match=r"as split.json says.*train 4, val 2, test 0.*add data, or change split"):
+        nbtools.run(nbtools.NOTEBOOK, tmp_path, **changes)
 
 
 @pytest.mark.parametrize(

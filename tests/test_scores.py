@@ -117,7 +117,9 @@ def test_classes_that_do_not_occur_are_left_out(nb):
 
 
 def test_counts_of_a_set_are_added_before_they_are_divided(nb):
-    tiles = [score_of(nb, *(mask.astype(float) for mask in blobs(seed, share=share))) for seed, share in ((1, 0.5), (2, 0.1))]
+    tiles = [
+        score_of(nb, *(mask.astype(float) for mask in blobs(seed, share=share))) for seed, share in ((1, 0.5), (2, 0.1))
+    ]
     card = nb.scorecard(nb.add_up(tiles), ["background", "rooftop"])
     hits, union = (sum(of(tile.confusion) for tile in tiles) for of in (lambda c: c[1, 1], lambda c: c.sum() - c[0, 0]))
     assert card["iou"]["rooftop"] == pytest.approx(hits / union)
@@ -218,10 +220,14 @@ def test_ensemble_of_other_classes_is_refused(nb, settings):
 def test_intervals_agree_with_scipy(nb, settings):
     """Tiles of one size: pixel accuracy is a mean over tiles, which SciPy can bootstrap as well."""
     rng = np.random.default_rng(1)
-    tiles = [score_of(nb, np.zeros((10, 10)), (rng.random((10, 10)) < q).astype(float)) for q in rng.uniform(0, 0.6, 40)]
+    tiles = [
+        score_of(nb, np.zeros((10, 10)), (rng.random((10, 10)) < q).astype(float)) for q in rng.uniform(0, 0.6, 40)
+    ]
     accuracies = [tile.confusion[0, 0] / 100 for tile in tiles]
     found = nb.intervals(tiles, [0] * 40, nb.make_config(**settings))["pixel_accuracy"]
-    expected = stats.bootstrap([accuracies], np.mean, method="percentile", rng=np.random.default_rng(2)).confidence_interval
+    expected = stats.bootstrap(
+        [accuracies], np.mean, method="percentile", rng=np.random.default_rng(2)
+    ).confidence_interval
     assert found == pytest.approx(list(expected), abs=0.01) and found[0] < np.mean(accuracies) < found[1]
 
 
@@ -241,7 +247,11 @@ def test_intervals_have_the_names_of_the_scorecard(nb, settings):
     tiles = [score_of(nb, *(mask.astype(float) for mask in blobs(seed))) for seed in range(6)]
     card, ends = nb.scorecard(nb.add_up(tiles), config.class_names), nb.intervals(tiles, range(6), config)
     for metric, value in card.items():
-        pairs = [(value[name], ends[metric][name]) for name in value] if isinstance(value, dict) else [(value, ends[metric])]
+        pairs = (
+            [(value[name], ends[metric][name]) for name in value]
+            if isinstance(value, dict)
+            else [(value, ends[metric])]
+        )
         assert all(low <= figure <= high for figure, (low, high) in pairs)
     roofless = [score_of(nb, np.zeros((8, 8)), np.zeros((8, 8)))] * 4
     assert "roof_area_error" not in nb.intervals(roofless, range(4), config)

@@ -76,8 +76,8 @@ def main():
     tiles = tiles[:: max(1, len(tiles) // words.tiles)][: words.tiles]
     device = nb.pick_device()
     precision, _ = nb.choose_precision("auto", device)
-    train = nb.RooftopDataset(tiles, config, config.augmentation)
-    loader = nb.make_loader(train, device, train=True)
+    train = nb.RooftopDataset(tiles, config, train=True)
+    loader = nb.make_loader(train, device)
     held_out = nb.make_loader(nb.RooftopDataset(tiles[: max(2, len(tiles) // 18)], config), device)
     loss_fn = nb.CombinedLoss(config.ce_weight, config.dice_weight)
     run, plain = nb.start_run(config, device, precision), nb.start_run(config, device, "fp32")
