@@ -104,6 +104,17 @@ def build(root: Path) -> dict[str, tuple[str, str]]:
     for number, suffix in enumerate((".jpg", ".tif")):
         ink = Image.fromarray(pixels).convert("CMYK")
         pair(f"ink_{number}", "unusable pixels", image=(suffix, lambda path, ink=ink: ink.save(path)))
+    white = (".tif", lambda path: save_tiff(path, 255 - pixels[None, ..., 0], photometric="MINISWHITE"))
+    pair("white_1", "unusable pixels", image=white)
+    exif = Image.Exif()
+    exif[0x112] = 3
+    pair("turned_1", "unusable pixels", image=(".jpg", lambda path: save(path, pixels, exif=exif)))
+    place = {"crs": "EPSG:32633", "transform": rasterio.transform.from_origin(500000, 0, 0.5, 0.5)}
+    pair("away_1", image=(".tif", lambda path: save_tiff(path, np.moveaxis(pixels, 2, 0), **place)))
+    (labels / "away_1_label.png").unlink()
+    place["transform"] = rasterio.transform.from_origin(500100, 0, 0.5, 0.5)
+    save_tiff(labels / "away_1_label.tif", truth[None], **place)
+    expected["away_1_label.tif"] = ("label elsewhere", "left out")
     pair("blank_1", "blank image", image=np.zeros((SIDE, SIDE, 3), np.uint8))
     pair("void_1", "no data", image=np.dstack([pixels, np.zeros((SIDE, SIDE), np.uint8)]))
     jpeg = (".tif", lambda path: Image.fromarray(picture("wrong_1")[0]).save(path, format="JPEG"))
@@ -111,13 +122,16 @@ def build(root: Path) -> dict[str, tuple[str, str]]:
     pair("twin_1", image=picture("good_0")[0])
     expected["twin_1.png"] = ("identical images", "kept in one split")
     # labels
-    pair("binary_1", "label of 0 and 1", "1 read as 255", label=truth // 255)
+    pair("binary_1", "label of 0 and 1", "1 read as roof", label=truth // 255)
     pair("red_1", "colour label", "the brightest band is read", label=np.dstack([truth, truth * 0, truth * 0]))
     smooth = truth.copy()
     smooth[truth != np.roll(truth, 1, 0)] = 128
-    nearest = "read as the nearest class value"
+    nearest = "read as the nearer class value"
     pair("smooth_1", "antialiased label", nearest, label=smooth)
     pair("odd_1", "unexpected label values", nearest, label=np.where(truth > 0, 200, 0).astype(np.uint8))
+    stripes = np.repeat(np.array([[0, 1, 255, 0]], np.uint8), 16, axis=1).repeat(SIDE, axis=0)
+    pair("unclear_1", "ambiguous label values", label=stripes)
+    pair("glass_1", "label with alpha", "the alpha channel is not read", label=np.dstack([truth, truth]))
     whole = (".tif", lambda path: save_tiff(path, np.full((1, SIDE, SIDE), 0.5, np.float32)))
     pair("half_1", "unreadable", label=whole)
     expected["half_1.png"] = expected.pop("half_1_label.tif")

@@ -93,25 +93,73 @@ def test_palette_and_three_class_labels_keep_their_numbers(nb, tmp_path):
     image.putpalette([0, 0, 0, 255, 0, 0, 255, 255, 255])
     image.save(tmp_path / "a.png")
     with nb.open_raster(tmp_path / "a.png") as raster:
-        assert nb.label_values(raster).tolist() == [[0, 1, 2]]
-    image.putpalette([255, 255, 255, 0, 0, 0, 9, 9, 9])  # grey: here the colours are what is meant
+        assert nb.read_label(raster, [0, 255])[0].tolist() == [[0, 1, 2]]
+    image.putpalette([255, 255, 255, 0, 0, 0, 255, 255, 255])  # meaningful greys: these are what is meant
     image.save(tmp_path / "a.png")
     with nb.open_raster(tmp_path / "a.png") as raster:
-        assert nb.label_values(raster).tolist() == [[255, 0, 9]]
+        assert nb.read_label(raster, [0, 255])[0].tolist() == [[255, 0, 255]]
+        assert nb.read_label(raster, [0, 1, 2])[0].tolist() == [[0, 1, 2]]
 
 
 @pytest.mark.parametrize("kind", [np.uint16, np.int32, np.float32, np.uint8])
 def test_labels_of_any_type_hold_whole_numbers(nb, tmp_path, kind):
     faulty.save_tiff(tmp_path / "a.tif", np.array([[[0, 1, 255]]]).astype(kind))
     with nb.open_raster(tmp_path / "a.tif") as raster:
-        assert nb.label_values(raster).tolist() == [[0, 1, 255]]
+        assert nb.read_label(raster, [0, 255])[0].tolist() == [[0, 1, 255]]
 
 
 @pytest.mark.parametrize("value", [256, -1, 0.5, np.nan, np.inf])
 def test_label_values_that_do_not_fit_are_refused(nb, tmp_path, value):
     faulty.save_tiff(tmp_path / "a.tif", np.array([[[0, value, 1]]]).astype(np.float32))
     with nb.open_raster(tmp_path / "a.tif") as raster, pytest.raises(ValueError, match=r"a\.tif: label values other"):
-        nb.label_values(raster)
+        nb.read_label(raster, [0, 255])
+
+
+def test_labels_without_data_in_places(nb, tmp_path):
+    values = np.array([[[0, 1, 200, 255]]])
+    for nodata, valid in ((200, [True, True, False, True]), (0, [True] * 4), (None, [True] * 4)):
+        faulty.save_tiff(tmp_path / "a.tif", values.astype(np.uint8), nodata=nodata)
+        with nb.open_raster(tmp_path / "a.tif") as raster:
+            assert nb.read_label(raster, [0, 255])[1][0].tolist() == valid  # 0 is a class, whatever the file says
+    faulty.save_tiff(tmp_path / "a.tif", np.array([[[0, np.nan, 1]]], np.float32), nodata=np.nan)
+    with nb.open_raster(tmp_path / "a.tif") as raster:
+        numbers, valid = nb.read_label(raster, [0, 255])
+    assert numbers.tolist() == [[0, 0, 1]] and valid.tolist() == [[True, False, True]]
+
+
+def test_bands_come_in_the_order_of_their_names(nb, tmp_path):
+    names = nb.rasterio.enums.ColorInterp
+    faulty.save_tiff(tmp_path / "a.tif", np.array([[[1]], [[2]], [[3]]], np.uint8), photometric="RGB")
+    with nb.rasterio.open(tmp_path / "a.tif", "r+") as raster:
+        raster.colorinterp = [names.blue, names.green, names.red]
+    assert nb.read_image(tmp_path / "a.tif", 255)[0].tolist() == [[[3, 2, 1]]]
+
+
+@pytest.mark.parametrize(
+    ("values", "class_values", "ignored", "expected"),
+    [
+        ([0, 1, 2], [0, 255], 2, [0, 1, 255]),
+        ([0, 1, 0], [0, 128], None, [0, 1, 0]),
+        ([0, 1, 255], [0, 255], None, "ambiguous label values"),
+        ([0, 1, 255], [0, 1], 255, [0, 1, 255]),
+        ([0, 50, 200], [0, 100, 200], None, [0, 255, 2]),
+    ],
+)
+def test_what_a_one_means_depends_on_the_other_values(
+    nb, settings, write_pair, values, class_values, ignored, expected
+):
+    classes = {"num_classes": len(class_values), "class_names": [f"class {v}" for v in class_values]}
+    config = config_of(nb, settings, class_values=class_values, ignore_value=ignored, **classes)
+    write_pair("a_1")
+    label = np.repeat(np.repeat([values], 16, axis=1), 64, axis=0).astype(np.uint8)
+    save(Path(config.root) / config.images_dir / "a_1.png", faulty.picture("a")[0][:, :48])
+    save(Path(config.root) / config.labels_dir / "a_1_label.png", label)
+    (pair,), _ = nb.pair_files(config)
+    tile, faults = nb.inspect_pair(pair, config)
+    if isinstance(expected, str):
+        assert tile is None and faults[0].kind == expected and "Set class_values" in faults[0].detail
+    else:
+        assert nb.read_tile(tile, config)[1][0, ::16].tolist() == expected
 
 
 def test_ignored_values_and_transparent_pixels_have_no_class(nb, settings, write_pair):
@@ -354,8 +402,8 @@ def test_no_workers_where_they_cannot_be_forked(nb, monkeypatch):
 
 def fake(nb, names, roof=0.1):
     counts = (int(100 - 100 * roof), int(100 * roof))
-    facts = ("", "", 0, 0, 10, 10, "", 255, False, counts)
-    return [nb.Tile(f"images/{n}.png", *facts, digest=n, place=None) for n in names]
+    facts = ("", 0, 0, 10, 10, "", 255, False, counts)
+    return [nb.Tile(f"images/{n}.png", f"images/{n}.png", *facts, digest=n, place=None) for n in names]
 
 
 def split_of(nb, defaults, tiles, **changes):
@@ -425,7 +473,7 @@ def test_regex_that_does_not_match_names_the_file(nb):
         nb.scene_of("images/vienna_1.png", r"(austin)")
 
 
-def test_split_from_a_file(nb, defaults, tmp_path):
+def test_split_from_a_file(nb, defaults, tmp_path, monkeypatch):
     tiles = fake(nb, [f"a_{i}" for i in range(6)])
     names = {"train": names_of(tiles[:3]) + ["gone.png"], "val": [tiles[4].name], "test": [tiles[5].name]}
     path = tmp_path / "split.json"
@@ -433,7 +481,18 @@ def test_split_from_a_file(nb, defaults, tmp_path):
     config = nb.make_config(**defaults | {"split": str(path)})
     split, how = nb.split_from_file(tiles, config)
     assert Counter({part: len(split[part]) for part in split}) == Counter(train=3, val=1, test=1)
-    assert "6 tiles" in how
+    assert "5 of whose 6 tiles are usable" in how
+    path.write_text("\ufeff" + json.dumps(names).replace("/", "\\\\"), encoding="utf-8")  # as Windows writes it
+    assert nb.split_from_file(tiles, config)[0] == split
+    for name in (tiles[0].name, f"{tiles[0].name}#0,0,5,5"):
+        monkeypatch.setattr(nb, "read_tile", lambda *words: (None, np.zeros((5, 5), int)))
+        path.write_text(json.dumps(names | {"test": [name]}))
+        with pytest.raises(ValueError, match=rf"same pixels twice: {tiles[0].name}"):
+            nb.split_from_file(tiles, config)
+    for place in ("0,0,11,10", "-1,0,5,5", "0,0,0,0", "20,20,5,5"):
+        path.write_text(json.dumps(names | {"test": [f"{tiles[5].name}#{place}"]}))
+        with pytest.raises(ValueError, match="is no part of 10 x 10 pixels"):
+            nb.split_from_file(tiles, config)
     for text in ("not json", "[]", '{"train": []}', json.dumps(names | {"test": [tiles[0].name + "#1,2"]})):
         path.write_text(text)
         with pytest.raises(ValueError, match=r"split = .*split\.json"):
@@ -448,6 +507,12 @@ def test_real_tiles_split_by_block(nb, defaults, real_tiles, tmp_path):
     blocks = {part: {Path(t.name).stem.split("_")[0] for t in split[part]} for part in nb.SPLITS}
     assert not blocks["train"] & (blocks["val"] | blocks["test"]) and not blocks["val"] & blocks["test"]
     assert all(abs(len(split[p]) / 712 - share) < 0.02 for p, share in zip(nb.SPLITS, config.split, strict=True))
+
+
+@pytest.mark.parametrize("images_dir", ["images/images/", "./images/images", "images//images"])
+def test_folders_may_be_written_in_any_way(nb, settings, write_pair, images_dir):
+    write_pair("x_1")
+    assert len(nb.pair_files(config_of(nb, settings, images_dir=images_dir))[0]) == 1
 
 
 def test_touching_tiles_are_one_scene(nb, defaults):

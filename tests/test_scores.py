@@ -25,18 +25,24 @@ def blobs(seed, shape=(60, 90), share=0.3):
 @pytest.mark.parametrize("shape", [(60, 90), (256, 256), (5, 300), (1, 1)])
 def test_boundary_is_what_its_authors_define(nb, shape):
     """Within 2 % of the diagonal of the outline, the picture's edge included: distances by SciPy."""
-    mask = blobs(1, shape)[0]
-    width = max(1, round(0.02 * np.hypot(*shape)))
-    depth = ndimage.distance_transform_cdt(np.pad(mask, 1), "chessboard")[1:-1, 1:-1]
-    assert np.array_equal(nb.boundary(mask), mask & (depth <= width))
+    true, predicted = blobs(1, shape)
+    for size in (None, 64):  # of windows of 64 pixels, their diagonal counts
+        width = max(1, round(0.02 * np.hypot(*(min(side, size or side) for side in shape))))
+        bands = []
+        for mask in (true, predicted):
+            depth = ndimage.distance_transform_cdt(np.pad(mask, 1), "chessboard")[1:-1, 1:-1]
+            bands.append(mask & (depth <= width))
+        assert np.array_equal(nb.boundary(true, width), bands[0])
+        counts = (bands[0] & bands[1]).sum(), (bands[0] | bands[1]).sum()
+        assert nb.boundary_counts(true, predicted, size) == counts
 
 
 def test_boundary_counts_by_hand(nb):
     true = np.zeros((50, 50), bool)
     true[10:20, 10:20] = True  # the band is 1 pixel wide: an outline of 36 pixels
-    assert nb.boundary_counts(true, true) == (36, 36)
-    assert nb.boundary_counts(true, np.roll(true, 1, 1)) == (18, 54)  # top and bottom rows share 9 each
-    assert nb.boundary_counts(true, ~np.ones_like(true)) == (0, 36)
+    assert nb.boundary_counts(true, true, None) == (36, 36)
+    assert nb.boundary_counts(true, np.roll(true, 1, 1), None) == (18, 54)  # top and bottom rows share 9 each
+    assert nb.boundary_counts(true, ~np.ones_like(true), None) == (0, 36)
 
 
 def slow_matches(true, predicted):
