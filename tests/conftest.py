@@ -17,6 +17,12 @@ os.environ["HF_HUB_OFFLINE"] = "1"  # weights that are not cached fail at once, 
 REAL_TILES = Path(__file__).parents[2] / "shared" / "data" / "rooftops"
 
 
+def pytest_configure(config: pytest.Config) -> None:
+    """Pass over what rasterio says of pictures without coordinates, and of itself."""
+    config.addinivalue_line("filterwarnings", "ignore::rasterio.errors.NotGeoreferencedWarning")
+    config.addinivalue_line("filterwarnings", "ignore::PendingDeprecationWarning:rasterio")
+
+
 @pytest.fixture(scope="session")
 def nb() -> ModuleType:
     """The notebook's definitions."""

@@ -70,6 +70,7 @@ def test_real_tiles_by_one_setting(tmp_path, real_tiles):
     small = {"image_size": 64, "large_images": "resize", "batch_size": 16, "epochs": 1, "tta": False} | QUICK
     notebook = nbtools.run(nbtools.NOTEBOOK, tmp_path, root=real_tiles, **small)
     text = nbtools.printed(notebook)
+    assert re.search(r"beside a training tile: 9\d% in a random split, 0% in this one", text)
     assert "712 usable images" in text and "70 whole scenes dealt out" in text
     metrics = json.loads((tmp_path / "saved_models" / "metrics.json").read_text())
     assert 0.5 < metrics["pixel_accuracy"] <= 1
@@ -110,7 +111,10 @@ def test_a_split_without_test_tiles_stops_before_training(tmp_path, settings, wr
     names = [f"images/images/a_{i}.png" for i in range(6)]
     (tmp_path / "split.json").write_text(json.dumps({"train": names[:4], "val": names[4:], "test": ["gone.png"]}))
     changes = {"root": settings["root"], "image_size": 64, "split": "split.json"} | QUICK
-    with pytest.raises(Exception, match=r"as split.json says.*train 4, val 2, test 0.*add data, or change split"):
+    with pytest.raises(
+        Exception,
+        match=r"as split.json says, 6 of whose 7.*test 0 tiles with 0 labelled pixels.*add data, or change split",
+    ):
         nbtools.run(nbtools.NOTEBOOK, tmp_path, **changes)
 
 
