@@ -547,6 +547,7 @@ def test_how_much_a_split_leaks(nb):
 
     assert beside(tiles[:6]) == 0  # scene b held out whole
     assert beside(tiles[:4]) == pytest.approx(1 / 6)  # a_4, of a_4, a_5 and b
+    assert beside(tiles[1:6]) == pytest.approx(1 / 5)  # a_0, whose neighbour comes after it
     assert beside([*tiles[:6:2], *tiles[6::2]]) == 1
     assert nb.beside_training(tiles, {"train": tiles[:4], "val": tiles[8:9], "test": tiles[9:]}) == 0  # a_4 is left out
 

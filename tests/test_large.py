@@ -127,6 +127,8 @@ def test_one_raster_is_cut_into_parts_that_cover_it(nb, settings, write_raster, 
         assert part.class_pixels == ((own == 0).sum(), (own == 1).sum())
         assert part.name == f"images/images/ortho.png#{part.x},{part.y},{part.width},{part.height}"
     assert (covered == 1).all()
+    longer = [(part.width if width >= height else part.height) for (part,) in split.values()]
+    assert min(longer) >= min(64, max(width, height) // 3)  # no part narrower than a window
     file = Path(settings["root"]) / "parts.json"
     file.write_text(json.dumps({part: [split[part][0].name] for part in nb.SPLITS}))
     again, _ = nb.split_from_file(tiles, nb.make_config(**settings | {"split": str(file)}))

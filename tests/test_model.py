@@ -100,6 +100,13 @@ def test_loss_on_empty_masks_is_finite_and_minds_false_alarms(nb, half):
     assert loss(logits_for(half), empty).item() > 5
 
 
+def test_loss_of_a_batch_without_any_counted_pixel_is_zero(nb):
+    logits = torch.randn(2, 2, 8, 8, requires_grad=True)
+    loss = nb.CombinedLoss(0.6, 0.4)(logits, torch.full((2, 8, 8), nb.IGNORE_INDEX))
+    loss.backward()
+    assert loss.item() == 0 and logits.grad.abs().sum() == 0
+
+
 def test_loss_is_fp32_and_passes_over_ignored_pixels(nb, half):
     loss, logits = nb.CombinedLoss(0.6, 0.4), torch.randn(2, 2, 16, 16)
     assert loss(logits.bfloat16(), half).dtype == torch.float32
