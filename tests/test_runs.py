@@ -67,7 +67,7 @@ def test_own_tiles_with_every_cell_run_twice(tmp_path, settings, write_pair):
 
 def test_real_tiles_by_one_setting(tmp_path, real_tiles):
     """Real tiles: the notebook runs from verification to the pictures."""
-    small = {"image_size": 64, "large_images": "resize", "batch_size": 16, "epochs": 1, "tta": False} | QUICK
+    small = {"image_size": 32, "large_images": "resize", "batch_size": 16, "epochs": 1, "tta": False} | QUICK
     notebook = nbtools.run(nbtools.NOTEBOOK, tmp_path, root=real_tiles, **small)
     text = nbtools.printed(notebook)
     assert re.search(r"beside a training tile: 9\d% in a random split, 0% in this one", text)
@@ -89,7 +89,7 @@ def test_three_classes_an_ignored_value_and_an_ensemble_of_two_encoders(tmp_path
         save(Path(settings["root"]) / settings["images_dir"] / f"s{i}_1.png", image)
         save(Path(settings["root"]) / settings["labels_dir"] / f"s{i}_1_label.png", label)
     classes = {"class_names": ["ground", "roof", "pool"], "class_values": [0, 100, 200], "num_classes": 3}
-    small = {"root": settings["root"], "image_size": 64, "batch_size": 4, "epochs": 8, "split": [0.6, 0.2, 0.2]}
+    small = {"root": settings["root"], "image_size": 64, "batch_size": 4, "epochs": 6, "split": [0.6, 0.2, 0.2]}
     changes = classes | small | QUICK | {"ignore_value": 7}
     nbtools.run(nbtools.NOTEBOOK, tmp_path, save_dir="one", **changes)
     one = json.loads((tmp_path / "one" / "metrics.json").read_text())
