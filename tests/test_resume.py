@@ -22,13 +22,20 @@ CPU = torch.device("cpu")
 
 
 def state_of(folder):
-    """What must be the same: weights of all three checkpoints, history but for seconds, metrics."""
+    """What must be the same: weights of all three checkpoints, optimiser, scheduler, history but for seconds, metrics."""
     files = ("rooftop_last.pt", "rooftop_best_model_iou.pt", "rooftop_best_model_loss.pt")
     saved = [torch.load(folder / name, weights_only=True) for name in files]
     with open(folder / "history.csv", newline="") as file:
         rows = [{k: v for k, v in row.items() if k != "seconds"} for row in csv.DictReader(file)]
     metrics = json.loads((folder / "metrics.json").read_text()) if (folder / "metrics.json").exists() else None
-    return [s["model"] for s in saved], [s["epoch"] for s in saved], saved[0]["optimizer"]["state"], rows, metrics
+    return (
+        [s["model"] for s in saved],
+        [s["epoch"] for s in saved],
+        saved[0]["optimizer"]["state"],
+        saved[0]["scheduler"],
+        rows,
+        metrics,
+    )
 
 
 def same(one, other):
