@@ -8,6 +8,7 @@ from types import ModuleType
 import matplotlib
 import numpy as np
 import pytest
+import torch
 from faulty import save
 
 import nbtools
@@ -58,6 +59,33 @@ def write_pair(settings: dict) -> Callable:
         save(root / settings["labels_dir"] / f"{stem}{settings['label_suffix']}.png", label)
 
     return write
+
+
+@pytest.fixture
+def start(nb: ModuleType, settings: dict, write_pair: Callable) -> Callable:
+    """A function that makes a fresh run on twelve tiles: (run, go), where go trains as the notebook's cell does."""
+    for i in range(12):
+        write_pair(f"s{i}_1")
+
+    def make(**changes: object) -> tuple:
+        small = {"encoder_name": "mobilenet_v2", "split": [0.5, 0.25, 0.25], "early_stopping_patience": 9}
+        config, cpu = nb.make_config(**settings | small | changes), torch.device("cpu")
+        tiles = nb.find_scenes(nb.verify_dataset(config)[0], config.group_by)
+        split, _ = nb.split_by_scene(tiles, config)
+        loaders = {p: nb.make_loader(nb.RooftopDataset(split[p], config, p == "train"), cpu) for p in ("train", "val")}
+        data = {"split": {p: [tile.name for tile in split[p]] for p in nb.SPLITS}, "files": "x"}
+        run = nb.start_run(config, cpu, nb.choose_precision(config.precision, cpu)[0])
+
+        def go() -> list[dict]:
+            if not run.history and not nb.resume_run(run, config, data):
+                nb.archive_old_run(Path(config.save_dir))
+            history = nb.fit(run, loaders, nb.CombinedLoss(0.6, 0.4), config, data)
+            nb.write_files(run, config)
+            return history
+
+        return run, go
+
+    return make
 
 
 @pytest.fixture

@@ -377,7 +377,7 @@ def test_batches_are_the_same_whatever_the_workers(nb, settings, tiles, workers)
         config = config_of(nb, settings, num_workers=count, augmentation="strong")
         loader = nb.make_loader(nb.RooftopDataset(tiles, config, train=True), torch.device("cpu"))
         loader.sampler.epoch = epoch
-        return [images for images, _ in loader]
+        return [images for images, *_ in loader]
 
     assert torch.equal(torch.cat(batches(workers, 1)), torch.cat(batches(0, 1)))
     assert not torch.equal(torch.cat(batches(workers, 1)), torch.cat(batches(workers, 2)))

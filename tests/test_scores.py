@@ -207,17 +207,16 @@ def test_an_ensemble_averages_probabilities(nb):
     assert torch.allclose(nb.Predictor(models, CPU, "fp32")(images), sum(alone) / 2)
 
 
-def test_ensemble_of_other_classes_is_refused(nb, settings):
+def test_a_checkpoint_of_other_classes_is_refused(nb, settings):
     config = nb.make_config(**settings)
     run = nb.start_run(config, CPU, "fp32")
     run.history.append({"epoch": 1, "val_loss": 1.0, "val_iou": 0.5})
     nb.save_epoch(run, config, {}, {"iou"})
     file = str(Path(config.save_dir) / nb.BEST_FILES["iou"])
-    (model,) = nb.load_ensemble(nb.make_config(**settings | {"ensemble": [file]}), CPU)
+    model, _ = nb.load_model(Path(file), CPU, {"class_names": config.class_names})
     assert not model.training
-    other = nb.make_config(**settings | {"ensemble": [file], "class_names": ["background", "solar panel"]})
-    with pytest.raises(ValueError, match=r"best_model_iou.pt knows .*rooftop.* this run .*solar panel"):
-        nb.load_ensemble(other, CPU)
+    with pytest.raises(ValueError, match=r"best_model_iou.pt has class_names = .*rooftop.* this run .*solar panel"):
+        nb.load_model(Path(file), CPU, {"class_names": ["background", "solar panel"]})
 
 
 # ---- intervals

@@ -28,7 +28,7 @@ def train(nb, config, split, device):
     loaders = {part: nb.make_loader(dataset, device) for part, dataset in sets.items()}
     names = {part: [tile.name for tile in tiles] for part, tiles in split.items()}
     nb.fit(run, loaders, nb.CombinedLoss(config.ce_weight, config.dice_weight), config, {"split": names})
-    run.model, _ = nb.load_model(Path(config.save_dir) / nb.BEST_FILES["iou"], device)
+    run.model, _ = nb.load_model(Path(config.save_dir) / nb.BEST_FILES["iou"], device, {})
     return run
 
 

@@ -50,8 +50,8 @@ def plain_epoch(model, optimizer, dataset, batch_size, loss_fn, device):
     order = torch.randperm(len(dataset)).tolist()
     for start in range(0, len(order) - batch_size + 1, batch_size):
         items = [dataset[1, index] for index in order[start : start + batch_size]]
-        images = torch.stack([image for image, _ in items]).to(device)
-        labels = torch.stack([label for _, label in items]).to(device)
+        images = torch.stack([image for image, *_ in items]).to(device)
+        labels = torch.stack([label for _, label, _ in items]).to(device)
         logits = model(images)
         loss = loss_fn(logits, labels)
         optimizer.zero_grad()
@@ -82,7 +82,7 @@ def main():
     loss_fn = nb.CombinedLoss(config.ce_weight, config.dice_weight)
     run, plain = nb.start_run(config, device, precision), nb.start_run(config, device, "fp32")
     plain.optimizer = torch.optim.AdamW(plain.model.parameters(), config.learning_rate)
-    images, labels = next(iter(loader))
+    images, labels, _ = next(iter(loader))
     batch = (images.to(device, memory_format=torch.channels_last), labels.to(device))
     run.history.append({"epoch": 1, "val_loss": 1.0, "val_iou": 0.5})
     steps = len(loader)

@@ -1,0 +1,368 @@
+"""What goes wrong while training lasts: full disks, numbers that are none, memory, files that vanish, foreign checkpoints."""
+
+import os
+import pickle
+import re
+import resource
+import shutil
+from pathlib import Path
+
+import pytest
+import torch
+from kernels import same, state_of
+
+CPU = torch.device("cpu")
+LAST = "rooftop_last.pt"
+
+
+def limit_files(size):
+    """Let no file grow beyond a size in bytes, as a full disk would; None lifts the limit."""
+    hard = resource.getrlimit(resource.RLIMIT_FSIZE)[1]
+    resource.setrlimit(resource.RLIMIT_FSIZE, (hard if size is None else size, hard))
+
+
+@pytest.fixture
+def full_disk():
+    yield limit_files
+    limit_files(None)
+
+
+@pytest.fixture
+def before_saving(nb, monkeypatch):
+    """A function that has something happen before the checkpoints of an epoch are written."""
+
+    def arrange(epoch, happen, after=lambda: None):
+        save = nb.save_epoch
+
+        def disturbed(run, *words):
+            if len(run.history) == epoch:
+                happen()
+            save(run, *words)
+            if len(run.history) == epoch:
+                after()
+
+        monkeypatch.setattr(nb, "save_epoch", disturbed)
+
+    return arrange
+
+
+@pytest.fixture
+def whole(start, tmp_path):
+    """The folder of an undisturbed run of three epochs."""
+    start(epochs=3, save_dir=str(tmp_path / "whole"))[1]()
+    return tmp_path / "whole"
+
+
+# ---- writing
+
+
+def test_a_full_disk_costs_no_training(start, whole, settings, before_saving, full_disk, capsys):
+    folder, seen = Path(settings["save_dir"]), []
+
+    def room_again():
+        seen.append(torch.load(folder / LAST, weights_only=True)["epoch"])
+        full_disk(None)
+
+    before_saving(2, lambda: full_disk(100_000), room_again)
+    assert len(start(epochs=3)[1]()) == 3
+    text = capsys.readouterr().out
+    assert seen == [1]  # the older checkpoint was still readable
+    assert f"WARNING: {folder}" in text and "MB in a folder that can be written to" in text and "goes on" in text
+    assert same(state_of(whole), state_of(folder)) and not list(folder.glob("*.part"))
+
+
+def test_a_disk_that_stays_full_is_named_and_costs_one_more_run_of_the_cell(
+    start, whole, settings, before_saving, full_disk
+):
+    before_saving(2, lambda: full_disk(100_000))
+    run, go = start(epochs=3)
+    with pytest.raises(OSError, match=r"models/rooftop.*\.pt could not be written .*; it needs [\d.]+ MB"):
+        go()
+    assert torch.load(Path(settings["save_dir"]) / LAST, weights_only=True)["epoch"] == 1
+    full_disk(None)
+    assert len(go()) == 3
+    assert same(state_of(whole), state_of(Path(settings["save_dir"])))
+
+
+def test_an_interrupt_on_a_full_disk_falls_back_to_what_is_in_memory(
+    nb, start, whole, settings, before_saving, full_disk, monkeypatch
+):
+    before_saving(2, lambda: full_disk(100_000))
+    run, go = start(epochs=3)
+    calls, forward = [], nb.forward
+
+    def interrupting(*words):
+        calls.append(1)
+        if len(calls) == 5:  # the first step of the third epoch
+            full_disk(None)
+            raise KeyboardInterrupt
+        return forward(*words)
+
+    monkeypatch.setattr(nb, "forward", interrupting)
+    assert len(go()) == 2
+    assert len(go()) == 3
+    assert same(state_of(whole), state_of(Path(settings["save_dir"])))
+
+
+def test_a_folder_that_vanishes_is_made_again(start, settings, before_saving, whole):
+    folder = Path(settings["save_dir"])
+    before_saving(2, lambda: shutil.rmtree(folder))
+    assert len(start(epochs=3)[1]()) == 3
+    lasts = [torch.load(place / LAST, weights_only=True) for place in (whole, folder)]
+    assert same(lasts[0]["model"], lasts[1]["model"]) and lasts[1]["epoch"] == 3
+
+
+def test_a_file_in_the_way_of_save_dir_is_named(nb, settings, tmp_path):
+    (tmp_path / "file").write_text("mine")
+    for save_dir in (tmp_path / "file", tmp_path / "file" / "deep" / "models"):
+        with pytest.raises(ValueError, match=r"save_dir = .*file is not a folder that can be written to"):
+            nb.make_config(**settings | {"save_dir": str(save_dir)})
+    nb.make_config(**settings | {"save_dir": str(tmp_path / "new" / "deep")})
+    assert not (tmp_path / "new").exists() and (tmp_path / "file").read_text() == "mine"
+
+
+def test_a_file_that_takes_the_place_of_save_dir_is_named_and_kept(start, settings, before_saving, capsys):
+    folder = Path(settings["save_dir"])
+
+    def replace_folder():
+        folder.rename(folder.with_name("moved"))
+        folder.write_text("mine")
+
+    before_saving(2, replace_folder)
+    with pytest.raises(OSError, match=f"{folder}/.* could not be written"):
+        start(epochs=3)[1]()
+    assert capsys.readouterr().out.count("WARNING") == 2  # epochs 2 and 3 were trained all the same
+    assert folder.read_text() == "mine"
+    assert torch.load(folder.with_name("moved") / LAST, weights_only=True)["epoch"] == 1
+
+
+def test_a_write_that_fails_leaves_the_older_file_and_no_other(nb, tmp_path, full_disk):
+    path = tmp_path / "deep" / "file.bin"
+    nb.write_whole(path, b"old")
+    full_disk(1000)
+    with pytest.raises(OSError, match=r"file\.bin could not be written \(File too large\); it needs 0\.5 MB"):
+        nb.write_whole(path, b"n" * 500_000)
+    full_disk(None)
+    assert path.read_bytes() == b"old" and os.listdir(path.parent) == ["file.bin"]
+
+
+# ---- numbers
+
+
+def spoil_steps(nb, monkeypatch, bad, value=float("nan")):
+    """Make the model's answers worthless in some training steps, counted from 0."""
+    forward, count = nb.forward, []
+
+    def spoiled(run, images):
+        if not run.model.training:
+            return forward(run, images)
+        count.append(1)
+        return forward(run, images * value if bad(len(count) - 1) else images)
+
+    monkeypatch.setattr(nb, "forward", spoiled)
+
+
+@pytest.mark.parametrize("precision", ["fp32", "bf16", "fp16"])
+@pytest.mark.parametrize("value", [float("nan"), float("inf")])
+def test_a_step_without_finite_numbers_is_skipped_and_counted(
+    nb, start, settings, monkeypatch, capsys, precision, value
+):
+    spoil_steps(nb, monkeypatch, lambda step: step == 0, value)
+    run, go = start(epochs=2, batch_size=2, precision=precision)
+    history = go()
+    lines = [line for line in capsys.readouterr().out.splitlines() if "train loss" in line]
+    assert re.search("steps skipped: [123]$" if precision == "fp16" else "steps skipped: 1$", lines[0])
+    assert precision == "fp16" or "skipped" not in lines[1]
+    assert all(torch.isfinite(tensor).all() for tensor in run.model.state_dict().values())  # statistics too
+    assert all(torch.isfinite(torch.tensor(row["train_loss"])) for row in history)
+
+
+def test_a_skipped_step_changes_nothing(nb, start, monkeypatch):
+    run, _ = start()
+    images, labels = torch.randn(4, 3, 64, 64), torch.zeros(4, 64, 64, dtype=torch.long)
+    run.model.train()
+    nb.train_step(run, images, labels, nb.CombinedLoss(0.6, 0.4), 1.0)
+    before = {name: value.clone() for name, value in run.model.state_dict().items()}
+    nb.train_step(run, images * float("nan"), labels, nb.CombinedLoss(0.6, 0.4), 1.0)
+    assert run.skipped == 1 and same(before, dict(run.model.state_dict()))
+    nb.train_step(run, images, labels, nb.CombinedLoss(0.6, 0.4), 1.0)
+    assert run.skipped == 0 and not same(before, dict(run.model.state_dict()))
+
+
+def test_too_many_in_a_row_stop_and_keep_the_last_good_checkpoint(nb, start, whole, settings, monkeypatch, capsys):
+    with monkeypatch.context() as patch:
+        spoil_steps(nb, patch, lambda step: step >= 3)  # from the second epoch on
+        run, go = start(epochs=30, batch_size=2, save_dir=settings["save_dir"])
+        monkeypatch.setattr(nb, "MAX_SKIPPED", 3)
+        with pytest.raises(FloatingPointError, match="3 steps in a row .*lower learning_rate, or set precision"):
+            go()
+    assert len(run.history) == 1 and "1 finished epochs are kept" in capsys.readouterr().out
+    last = torch.load(Path(settings["save_dir"]) / LAST, weights_only=True)
+    assert last["epoch"] == 1 and same(dict(run.model.state_dict()), dict(last["model"]))
+
+
+def test_fp16_finds_its_scale_by_itself(start, capsys):
+    run, go = start(epochs=3, batch_size=2, precision="fp16")
+    run.scaler = torch.amp.GradScaler("cpu", init_scale=2.0**40)
+    go()
+    assert "steps skipped: 3" in capsys.readouterr().out
+    assert 1 <= run.scaler.get_scale() < 2.0**40
+
+
+def test_a_validation_loss_that_is_no_number_is_never_the_best(nb):
+    rows = [{"epoch": i + 1, "val_loss": loss} for i, loss in enumerate([float("nan"), 0.5, float("nan"), 0.4])]
+    assert nb.best_epoch(rows, "loss") == 4 and nb.best_epoch(rows[:1], "loss") == 0
+
+
+def cuda_is_full():
+    raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB")
+
+
+@pytest.mark.parametrize("fill", [cuda_is_full, lambda: torch.empty(2**55)], ids=["cuda", "really on the CPU"])
+def test_out_of_memory_names_the_settings_and_keeps_the_checkpoint(nb, start, whole, settings, monkeypatch, fill):
+    forward, calls = nb.forward, []
+
+    def filling(*words):
+        calls.append(1)
+        if len(calls) == 3:
+            fill()
+        return forward(*words)
+
+    run, go = start(epochs=3)
+    monkeypatch.setattr(nb, "forward", filling)
+    with pytest.raises(RuntimeError, match=r"batch_size = 4: set batch_size = 2, or a smaller image_size than 64"):
+        go()
+    assert torch.load(Path(settings["save_dir"]) / LAST, weights_only=True)["epoch"] == 1
+    assert len(go()) == 3
+    assert same(state_of(whole), state_of(Path(settings["save_dir"])))
+
+
+# ---- tiles
+
+
+def spoil_tile(root, stem, how):
+    path = Path(root) / "images/images" / f"{stem}.png"
+    if how == "gone":
+        path.unlink()
+    else:
+        path.write_bytes(path.read_bytes()[: 300 if how == "cut" else 0])
+
+
+@pytest.mark.parametrize("how", ["gone", "cut", "empty"])
+@pytest.mark.parametrize("workers", [0, 2])
+def test_a_tile_that_breaks_is_named_once_and_left_out(start, settings, capsys, how, workers):
+    run, go = start(epochs=3, num_workers=workers, batch_size=2)
+    spoil_tile(settings["root"], "s3_1", how)
+    history = go()
+    text = capsys.readouterr().out
+    assert len(history) == 3 and text.count("left out: images/images/s3_1.png") == 1
+    assert all(torch.isfinite(torch.tensor(row["train_loss"] + row["val_loss"])) for row in history)
+
+
+def test_a_broken_tile_counts_nowhere(nb, settings, write_pair):
+    for stem in ("a_1", "b_1", "c_1", "d_1"):
+        write_pair(stem)
+    config = nb.make_config(**settings | {"batch_size": 2})
+    tiles, _ = nb.verify_dataset(config)
+    run = nb.start_run(config, CPU, "fp32")
+    without = nb.evaluate(run, nb.make_loader(nb.RooftopDataset(tiles[:3], config), CPU), nb.CombinedLoss(1, 0), config)
+    spoil_tile(settings["root"], "d_1", "gone")
+    broken = nb.evaluate(run, nb.make_loader(nb.RooftopDataset(tiles, config), CPU), nb.CombinedLoss(1, 0), config)
+    assert broken["iou"] == without["iou"] and broken["pixel_accuracy"] == without["pixel_accuracy"]
+
+
+def test_many_broken_tiles_stop_and_keep_the_last_checkpoint(start, settings, before_saving, capsys):
+    def vanish():
+        for number in range(12):
+            spoil_tile(settings["root"], f"s{number}_1", "gone")
+
+    before_saving(2, vanish)
+    run, go = start(epochs=4)
+    with pytest.raises(OSError, match=r"\d of 6 tiles have become unreadable; are they still there\?"):
+        go()
+    assert torch.load(Path(settings["save_dir"]) / LAST, weights_only=True)["epoch"] == 2 == len(run.history)
+
+
+# ---- checkpoints
+
+
+@pytest.fixture
+def checkpoint(nb, settings):
+    """The file of a checkpoint."""
+    config = nb.make_config(**settings)
+    run = nb.start_run(config, CPU, "fp32")
+    run.history.append({"epoch": 1, "val_loss": 1.0, "val_iou": 0.5})
+    nb.save_epoch(run, config, {}, {"iou"})
+    return Path(config.save_dir) / nb.BEST_FILES["iou"]
+
+
+class Evil:
+    """What runs a command when it is unpickled."""
+
+    def __reduce__(self):
+        return os.system, ("touch pwned",)
+
+
+def change(path, **values):
+    torch.save(torch.load(path, weights_only=True) | values, path)
+
+
+SPOILT = {
+    "cut short": (lambda path: path.write_bytes(path.read_bytes()[:100_000]), "cut short, damaged"),
+    "empty": (lambda path: path.write_bytes(b""), "cut short, damaged"),
+    "text": (lambda path: path.write_text("no checkpoint"), "cut short, damaged or of another kind"),
+    "a picture": (lambda path: path.write_bytes(b"\x89PNG\r\n" + bytes(999)), "cut short, damaged or of another kind"),
+    "code": (lambda path: torch.save({"format": 2, "model": Evil()}, path), "loading those can run code"),
+    "code, plainly pickled": (lambda path: path.write_bytes(pickle.dumps(Evil(), 2)), "loading those can run code"),
+    "code beside weights": (lambda path: change(path, versions=Evil()), "loading those can run code"),
+    "a whole model": (lambda path: torch.save(torch.nn.Linear(2, 2), path), "loading those can run code"),
+    "weights alone": (lambda path: torch.save({"conv.weight": torch.ones(3)}, path), "no checkpoint of this notebook"),
+    "a list": (lambda path: torch.save([1, 2], path), "no checkpoint of this notebook"),
+    "an older format": (lambda path: change(path, format=1), "has format 1, this notebook reads format 2"),
+    "no config": (lambda path: change(path, config={}), "does not hold what it says"),
+    "other weights": (lambda path: change(path, model={"conv.weight": torch.ones(3)}), "does not hold what it says"),
+    "not there": (lambda path: path.unlink(), "is not there"),
+}
+
+
+@pytest.mark.parametrize(("spoil", "message"), SPOILT.values(), ids=SPOILT.keys())
+def test_a_checkpoint_that_is_none_is_named_with_what_it_is(nb, checkpoint, spoil, message, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    spoil(checkpoint)
+    with pytest.raises(ValueError, match=message) as caught:
+        nb.load_model(checkpoint, CPU, {})
+    assert str(checkpoint) in str(caught.value) and "weights_only" not in str(caught.value)
+    assert not Path("pwned").exists()
+
+
+def test_a_flipped_bit_in_the_weights_is_noticed(nb, checkpoint):
+    content = bytearray(checkpoint.read_bytes())
+    content[len(content) // 2] ^= 1
+    checkpoint.write_bytes(content)
+    with pytest.raises(ValueError, match="cut short, damaged"):
+        nb.load_model(checkpoint, CPU, {})
+
+
+def test_another_architecture_or_number_of_classes_is_named(nb, checkpoint):
+    nb.load_model(checkpoint, CPU, {"architecture": "DeepLabV3Plus"})
+    with pytest.raises(ValueError, match="has architecture = 'DeepLabV3Plus', but this run 'Unet'"):
+        nb.load_model(checkpoint, CPU, {"architecture": "Unet"})
+    with pytest.raises(ValueError, match="has num_classes = 2, but this run 3"):
+        nb.load_model(checkpoint, CPU, {"num_classes": 3})
+
+
+def test_a_checkpoint_cannot_have_the_notebook_fetch_a_model(nb, checkpoint, monkeypatch):
+    monkeypatch.setattr("socket.socket.connect", lambda *_: pytest.fail("asked the network"))
+    for name in ("tu-hf-hub:timm/resnet18.a1_in1k", "tu-local-dir:/tmp", "tu-../resnet18"):
+        change(checkpoint, config=torch.load(checkpoint, weights_only=True)["config"] | {"encoder_name": name})
+        with pytest.raises(ValueError, match="is no name of an encoder"):
+            nb.load_model(checkpoint, CPU, {})
+
+
+def test_encoder_weights_that_would_run_code_are_refused(nb, settings, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    torch.save({"conv1.weight": Evil()}, "evil.pth")
+    config = nb.make_config(**settings | {"encoder_weights": "evil.pth"})
+    with pytest.raises(ValueError, match=r"evil\.pth was not loaded: it holds Python objects"):
+        nb.start_run(config, CPU, "fp32")
+    assert not Path("pwned").exists()
