@@ -72,14 +72,14 @@ def start(nb: ModuleType, settings: dict, write_pair: Callable) -> Callable:
         config, cpu = nb.make_config(**settings | small | changes), torch.device("cpu")
         tiles = nb.find_scenes(nb.verify_dataset(config)[0], config.group_by)
         split, _ = nb.split_by_scene(tiles, config)
-        loaders = {p: nb.make_loader(nb.RooftopDataset(split[p], config, p == "train"), cpu) for p in ("train", "val")}
+        sets = {part: nb.RooftopDataset(split[part], config, part == "train") for part in ("train", "val")}
         data = {"split": {p: [tile.name for tile in split[p]] for p in nb.SPLITS}, "files": "x"}
         run = nb.start_run(config, cpu, nb.choose_precision(config.precision, cpu)[0])
 
         def go() -> list[dict]:
             if not run.history and not nb.resume_run(run, config, data):
                 nb.archive_old_run(Path(config.save_dir))
-            history = nb.fit(run, loaders, nb.CombinedLoss(0.6, 0.4), config, data)
+            history = nb.fit(run, sets, nb.CombinedLoss(0.6, 0.4), config, data)
             nb.write_files(run, config)
             return history
 

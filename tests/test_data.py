@@ -317,7 +317,8 @@ def test_item_is_standardised_and_of_the_models_size(nb, settings, write_pair, s
     for i in range(4):
         write_pair(f"s_{i}", side=side)
     config = config_of(nb, settings, large_images="resize")
-    image, label = nb.RooftopDataset(nb.verify_dataset(config)[0], config)[0, 0]
+    image, label, problem = nb.RooftopDataset(nb.verify_dataset(config)[0], config)[0, 0]
+    assert problem == ""
     assert image.shape == (3, 64, 64) and image.dtype == torch.float32
     assert label.shape == (64, 64) and label.dtype == torch.int64
     assert label.unique().tolist() == [0, 1]
@@ -341,7 +342,7 @@ def test_resizing_invents_no_class_between_two_others(nb, settings, write_pair):
 def test_augmentation_depends_on_seed_epoch_and_tile_alone(nb, settings, tiles, kind):
     config = config_of(nb, settings, augmentation=kind)
     data = nb.RooftopDataset(tiles, config, train=True)
-    first, _ = data[1, 0]
+    first, *_ = data[1, 0]
     data[2, 5]  # another tile in between changes nothing
     assert torch.equal(data[1, 0][0], first)
     assert not torch.equal(data[2, 0][0], first)
@@ -375,8 +376,7 @@ def test_transforms_draw_independently(nb, settings, tiles):
 def test_batches_are_the_same_whatever_the_workers(nb, settings, tiles, workers):
     def batches(count, epoch):
         config = config_of(nb, settings, num_workers=count, augmentation="strong")
-        loader = nb.make_loader(nb.RooftopDataset(tiles, config, train=True), torch.device("cpu"))
-        loader.sampler.epoch = epoch
+        loader = nb.make_loader(nb.RooftopDataset(tiles, config, train=True), torch.device("cpu"), epoch)
         return [images for images, *_ in loader]
 
     assert torch.equal(torch.cat(batches(workers, 1)), torch.cat(batches(0, 1)))
@@ -387,7 +387,7 @@ def test_batches_are_the_same_whatever_the_workers(nb, settings, tiles, workers)
 def test_training_batches_are_full_unless_there_is_only_one(nb, settings, tiles, batch, sizes):
     config = config_of(nb, settings, batch_size=batch)
     sets = [nb.RooftopDataset(tiles, config, train=train) for train in (True, False)]
-    batches = [[len(images) for images, _ in nb.make_loader(data, torch.device("cpu"))] for data in sets]
+    batches = [[len(images) for images, *_ in nb.make_loader(data, torch.device("cpu"))] for data in sets]
     assert batches[0] == sizes and sum(batches[1]) == 12
 
 

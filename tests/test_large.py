@@ -69,7 +69,7 @@ def test_resize_shrinks_instead(nb, settings, write_raster):
         write_raster(f"b_{i}", 40, 40)
     tiles, config = verified(nb, settings, large_images="resize")
     data = nb.RooftopDataset(tiles, config)
-    assert len(data) == 5 and all(image.shape == (3, 64, 64) for image, _ in (data[0, i] for i in range(5)))
+    assert len(data) == 5 and all(image.shape == (3, 64, 64) for image, *_ in (data[0, i] for i in range(5)))
     tiles, config = verified(nb, settings)
     assert len(nb.RooftopDataset(tiles, config)) == 6 + 4
 

@@ -182,24 +182,24 @@ def test_false_alarms_without_any_roof_give_no_roof_iou(nb):
 
 @pytest.fixture
 def prepared(nb, settings, write_pair):
-    """Config, run, loaders and split names on eight small tiles."""
+    """Config, run, data sets and split names on eight small tiles."""
     for i in range(8):
         write_pair(f"s{i}_{i}")
     config = nb.make_config(**settings | {"split": [0.5, 0.25, 0.25], "augmentation": "none"})
     tiles = nb.find_scenes(nb.verify_dataset(config)[0], config.group_by)
     split, _ = nb.split_by_scene(tiles, config)
-    loaders = {p: nb.make_loader(nb.RooftopDataset(split[p], config, p == "train"), CPU) for p in nb.SPLITS}
+    sets = {part: nb.RooftopDataset(split[part], config, part == "train") for part in nb.SPLITS}
     names = {p: [tile.name for tile in split[p]] for p in nb.SPLITS}
-    return config, nb.start_run(config, CPU, "fp32"), loaders, {"split": names, "files": ""}
+    return config, nb.start_run(config, CPU, "fp32"), sets, {"split": names, "files": ""}
 
 
 @pytest.mark.parametrize("precision", ["fp32", "bf16"])
 def test_one_batch_can_be_learned_by_heart(nb, prepared, precision):
-    config, _, loaders, _ = prepared
+    config, _, sets, _ = prepared
     run, loss_fn = nb.start_run(config, CPU, precision), nb.CombinedLoss(0.6, 0.4)
-    first = nb.train_one_epoch(run, loaders["train"], loss_fn, config)
+    first = nb.train_one_epoch(run, nb.make_loader(sets["train"], CPU), loss_fn, config)
     for _ in range(40):
-        last = nb.train_one_epoch(run, loaders["train"], loss_fn, config)
+        last = nb.train_one_epoch(run, nb.make_loader(sets["train"], CPU), loss_fn, config)
     assert last["loss"] < 0.15 * first["loss"] and last["roof_iou"] > 0.9
 
 
@@ -208,27 +208,27 @@ def test_one_batch_can_be_learned_by_heart(nb, prepared, precision):
     [("DeepLabV3Plus", "mit_b0"), ("DeepLabV3Plus", "efficientnet-b0"), ("Unet", "mobilenet_v2")],
 )
 def test_other_models_train_and_load(nb, prepared, architecture, encoder):
-    config, _, loaders, names = prepared
+    config, _, sets, names = prepared
     config = replace(config, architecture=architecture, encoder_name=encoder, epochs=1)
     run = nb.start_run(config, CPU, "bf16")
-    history = nb.fit(run, loaders, nb.CombinedLoss(0.6, 0.4), config, names)
+    history = nb.fit(run, sets, nb.CombinedLoss(0.6, 0.4), config, names)
     assert math.isfinite(history[0]["train_loss"])
     model, _ = nb.load_model(Path(config.save_dir) / nb.LAST_FILE, CPU, {})
     assert type(model).__name__ == architecture
 
 
 def test_fp16_trains_with_a_gradient_scaler(nb, prepared):
-    config, _, loaders, _ = prepared
+    config, _, sets, _ = prepared
     run = nb.start_run(config, CPU, "fp16")
     before = run.model.segmentation_head[0].weight.detach().clone()
     assert run.scaler.is_enabled() and run.scaler.get_scale() > 1
     for _ in range(3):
-        result = nb.train_one_epoch(run, loaders["train"], nb.CombinedLoss(0.6, 0.4), config)
+        result = nb.train_one_epoch(run, nb.make_loader(sets["train"], CPU), nb.CombinedLoss(0.6, 0.4), config)
     assert math.isfinite(result["loss"]) and not torch.equal(before, run.model.segmentation_head[0].weight)
 
 
 def test_gradients_are_clipped(nb, prepared, monkeypatch):
-    config, run, loaders, _ = prepared
+    config, run, sets, _ = prepared
     norms = []
     step = run.optimizer.step
 
@@ -237,25 +237,27 @@ def test_gradients_are_clipped(nb, prepared, monkeypatch):
         return step(*args, **kwargs)
 
     monkeypatch.setattr(run.optimizer, "step", spy)
-    nb.train_one_epoch(run, loaders["train"], nb.CombinedLoss(600, 400), replace(config, gradient_clip=0.5))
+    nb.train_one_epoch(
+        run, nb.make_loader(sets["train"], CPU), nb.CombinedLoss(600, 400), replace(config, gradient_clip=0.5)
+    )
     assert norms and all(norm <= 0.501 for norm in norms)
 
 
 def test_evaluation_changes_nothing(nb, prepared):
-    config, run, loaders, _ = prepared
+    config, run, sets, _ = prepared
     before = {name: value.clone() for name, value in run.model.state_dict().items()}
     loss_fn = nb.CombinedLoss(0.6, 0.4)
-    results = [nb.evaluate(run, loaders["val"], loss_fn, config) for _ in range(2)]
+    results = [nb.evaluate(run, nb.make_loader(sets["val"], CPU), loss_fn, config) for _ in range(2)]
     assert results[0] == results[1]
     assert all(torch.equal(value, before[name]) for name, value in run.model.state_dict().items())
 
 
 def test_same_seed_same_training(nb, prepared):
-    config, _, loaders, _ = prepared
+    config, _, sets, _ = prepared
     weights = []
     for _ in range(2):
         run = nb.start_run(config, CPU, "fp32")
-        nb.train_one_epoch(run, loaders["train"], nb.CombinedLoss(0.6, 0.4), config)
+        nb.train_one_epoch(run, nb.make_loader(sets["train"], CPU), nb.CombinedLoss(0.6, 0.4), config)
         weights.append(run.model.state_dict())
     assert all(torch.equal(weights[0][name], weights[1][name]) for name in weights[0])
 
@@ -263,7 +265,7 @@ def test_same_seed_same_training(nb, prepared):
 @pytest.fixture
 def scripted(nb, prepared, monkeypatch):
     """Run fit() on given validation results instead of real epochs; return history and learning rates."""
-    config, run, loaders, names = prepared
+    config, run, sets, names = prepared
 
     def play(losses, ious, **changes):
         results = iter(zip(losses, ious, strict=True))
@@ -275,7 +277,7 @@ def scripted(nb, prepared, monkeypatch):
 
         monkeypatch.setattr(nb, "train_one_epoch", lambda *_: same | {"loss": 1.0, "roof_iou": 0.5, "skipped": 0})
         monkeypatch.setattr(nb, "evaluate", validate)
-        return nb.fit(run, loaders, None, replace(config, epochs=len(losses), **changes), names)
+        return nb.fit(run, sets, None, replace(config, epochs=len(losses), **changes), names)
 
     return play
 
@@ -322,9 +324,9 @@ def test_best_files_are_of_their_epochs(nb, scripted, settings):
 
 
 def test_checkpoint_round_trip_needs_no_network(nb, prepared, monkeypatch):
-    config, run, loaders, names = prepared
+    config, run, sets, names = prepared
     config = replace(config, encoder_weights="imagenet")
-    history = nb.fit(run, loaders, nb.CombinedLoss(0.6, 0.4), config, names)
+    history = nb.fit(run, sets, nb.CombinedLoss(0.6, 0.4), config, names)
     monkeypatch.setattr(
         "segmentation_models_pytorch.encoders.hf_hub_download", lambda *a, **k: pytest.fail("asked the hub")
     )

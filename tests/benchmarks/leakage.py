@@ -25,9 +25,8 @@ def train(nb, config, split, device):
         "train": nb.RooftopDataset(split["train"], config, train=True),
         "val": nb.RooftopDataset(split["val"], config),
     }
-    loaders = {part: nb.make_loader(dataset, device) for part, dataset in sets.items()}
     names = {part: [tile.name for tile in tiles] for part, tiles in split.items()}
-    nb.fit(run, loaders, nb.CombinedLoss(config.ce_weight, config.dice_weight), config, {"split": names})
+    nb.fit(run, sets, nb.CombinedLoss(config.ce_weight, config.dice_weight), config, {"split": names})
     run.model, _ = nb.load_model(Path(config.save_dir) / nb.BEST_FILES["iou"], device, {})
     return run
 

@@ -121,11 +121,11 @@ def disturbed_runs(nb, folder, settings, total, rng, counts):
         here = nb.replace(config, save_dir=str(folder / name))
         tiles = nb.find_scenes(nb.verify_dataset(here)[0], "auto")
         split, _ = nb.split_by_scene(tiles, here)
-        loaders = {p: nb.make_loader(nb.RooftopDataset(split[p], here, p == "train"), cpu) for p in ("train", "val")}
+        sets = {part: nb.RooftopDataset(split[part], here, part == "train") for part in ("train", "val")}
         run, kept = nb.start_run(here, cpu, "fp32"), (nb.save_epoch, nb.forward)
         nb.save_epoch, nb.forward = save_epoch or kept[0], forward or kept[1]
         try:
-            nb.fit(run, loaders, nb.CombinedLoss(0.6, 0.4), here, {"split": {}, "files": ""})
+            nb.fit(run, sets, nb.CombinedLoss(0.6, 0.4), here, {"split": {}, "files": ""})
         finally:
             nb.save_epoch, nb.forward = kept
             resource.setrlimit(resource.RLIMIT_FSIZE, (hard, hard))
