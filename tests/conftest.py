@@ -49,7 +49,7 @@ def write_pair(settings: dict) -> Callable:
     """A function that writes one image and its label, a bright square on dark ground, below root."""
 
     def write(stem: str, side: int = 64, low: int = 0, high: int = 255, suffix: str = ".png", seed: int = 0) -> None:
-        rng = np.random.default_rng([seed, *stem.encode()])
+        rng = np.random.default_rng([seed, *os.fsencode(stem)])
         image, label = rng.integers(0, 60, (side, side, 3), np.uint8), np.full((side, side), low, np.uint8)
         x, y = rng.integers(0, side // 2, 2)
         label[y : y + side // 2, x : x + side // 2] = high

@@ -175,7 +175,11 @@ def test_a_step_without_finite_numbers_is_skipped_and_counted(
     assert re.search("steps skipped: [123]$" if precision == "fp16" else "steps skipped: 1$", lines[0])
     assert precision == "fp16" or "skipped" not in lines[1]
     assert all(torch.isfinite(tensor).all() for tensor in run.model.state_dict().values())  # statistics too
-    assert np.isfinite(history[-1]["train_loss"]) and np.isfinite([row["val_loss"] for row in history]).all()
+    rows = history[1:] if precision == "fp16" else history  # in fp16 the first three steps may all be skipped
+    assert (
+        np.isfinite([row["train_loss"] for row in rows]).all()
+        and np.isfinite([row["val_loss"] for row in history]).all()
+    )
 
 
 def test_a_skipped_step_changes_nothing(nb, start, monkeypatch):

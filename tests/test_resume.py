@@ -9,6 +9,7 @@ from signal import SIGINT
 import numpy as np
 import pytest
 import torch
+from faulty import picture, save
 from kernels import epochs_done, run_notebook, same, state_of
 from nbclient.exceptions import DeadKernelError
 
@@ -100,21 +101,52 @@ def test_an_interrupt_falls_back_to_the_last_finished_epoch(nb, start, settings,
     assert same(state_of(tmp_path / "whole"), state_of(tmp_path / "cut"))
 
 
+@pytest.mark.parametrize("at", [1, 2, 3, 5, 6])
+def test_a_run_cut_off_between_any_two_files_is_the_same(nb, start, tmp_path, monkeypatch, at):
+    start(epochs=3, save_dir=str(tmp_path / "whole"))[1]()
+    _, go = start(epochs=3, save_dir=str(tmp_path / "cut"))
+    write, calls = nb.write_whole, []
+
+    def cut_off(*words):
+        calls.append(1)
+        if len(calls) > at:
+            raise SystemExit
+        write(*words)
+
+    with monkeypatch.context() as patch, pytest.raises(SystemExit):
+        patch.setattr(nb, "write_whole", cut_off)
+        go()
+    start(epochs=3, save_dir=str(tmp_path / "cut"))[1]()
+    assert same(state_of(tmp_path / "whole"), state_of(tmp_path / "cut"))
+
+
 # ---- in a real kernel
 
 
-@pytest.fixture
-def small(settings, write_pair):
+@pytest.fixture(scope="module")
+def small(tmp_path_factory):
     """Settings of a run of a few seconds, on tiles that are there."""
-    for i in range(16):
-        write_pair(f"s{i}_1")
-    changes = {"epochs": 4, "split": [0.5, 0.25, 0.25], "num_workers": 1, "tta": False, "encoder_name": "mobilenet_v2"}
-    return {name: settings[name] for name in ("image_size", "batch_size", "encoder_weights", "root")} | changes
+    root = tmp_path_factory.mktemp("tiles")
+    for number in range(16):
+        for folder, pixels, end in zip(
+            ("images/images", "label/label"), picture(f"{number}"), ("", "_label"), strict=True
+        ):
+            save(root / folder / f"s{number}_1{end}.png", pixels)
+    size = {"image_size": 64, "batch_size": 4, "epochs": 10, "early_stopping_patience": 10, "split": [0.5, 0.25, 0.25]}
+    quick = {"num_workers": 1, "tta": False, "encoder_name": "mobilenet_v2", "encoder_weights": None}
+    return {"root": str(root)} | size | quick
 
 
-def test_kills_at_any_moment_lose_nothing(tmp_path, small):
-    run_notebook(tmp_path, small | {"save_dir": "whole"})
-    out, rng = tmp_path / "killed", random.Random(0)
+@pytest.fixture(scope="module")
+def undisturbed(tmp_path_factory, small):
+    """What is left of a run that nothing happened to."""
+    folder = tmp_path_factory.mktemp("undisturbed")
+    run_notebook(folder, small | {"save_dir": "out"})
+    return state_of(folder / "out")
+
+
+def test_kills_at_any_moment_lose_nothing(tmp_path, small, undisturbed):
+    out, rng = tmp_path / "out", random.Random(0)
 
     def writing():
         return any(out.glob("rooftop_*.part"))
@@ -124,24 +156,26 @@ def test_kills_at_any_moment_lose_nothing(tmp_path, small):
 
     for when in (writing, after(1), after(2)):
         with pytest.raises(DeadKernelError):
-            run_notebook(tmp_path, small | {"save_dir": "killed"}, when)
-    text = nbtools.printed(run_notebook(tmp_path, small | {"save_dir": "killed"}))
+            run_notebook(tmp_path, small | {"save_dir": "out"}, when)
+    text = nbtools.printed(run_notebook(tmp_path, small | {"save_dir": "out"}))
     assert "going on after epoch" in text
-    assert same(state_of(tmp_path / "whole"), state_of(out))
+    assert same(undisturbed, state_of(out))
     assert len(list(out.glob("archive/*"))) <= 1  # of a first epoch that was cut off
 
 
-def test_the_stop_button_is_not_a_crash(tmp_path, small):
-    """Stopped once, the rest of the notebook works; and the training cell run again ends as if nothing had been."""
-    small |= {"epochs": 12, "early_stopping_patience": 12}
-    stopped = run_notebook(tmp_path, small | {"save_dir": "out"}, lambda: epochs_done(tmp_path / "out") >= 2, SIGINT)
-    assert "finished epochs are kept; run this cell again to go on" in nbtools.printed(stopped)
-    assert 2 <= epochs_done(tmp_path / "out") < 12
-    metrics = json.loads((tmp_path / "out" / "metrics.json").read_text())
-    assert np.isfinite(metrics["pixel_accuracy"])
-    again = run_notebook(
-        tmp_path, small | {"save_dir": "again"}, lambda: epochs_done(tmp_path / "again") >= 3, SIGINT, again=True
-    )
-    assert "finished epochs are kept; run this cell again to go on" in nbtools.printed(again)
-    run_notebook(tmp_path, small | {"save_dir": "out"})  # in a new kernel
-    assert same(state_of(tmp_path / "out"), state_of(tmp_path / "again"))
+KEPT = "finished epochs are kept; run this cell again to go on"
+
+
+def test_after_the_stop_button_the_rest_of_the_notebook_works(tmp_path, small):
+    out = tmp_path / "out"
+    stopped = run_notebook(tmp_path, small | {"save_dir": "out"}, lambda: epochs_done(out) >= 2, SIGINT)
+    assert KEPT in nbtools.printed(stopped) and 2 <= epochs_done(out) < 10
+    assert np.isfinite(json.loads((out / "metrics.json").read_text())["pixel_accuracy"])
+
+
+def test_after_the_stop_button_the_cell_can_be_run_again(tmp_path, small, undisturbed):
+    """With a loader process, which the button stops as well: the end is as if nothing had been."""
+    out = tmp_path / "out"
+    notebook = run_notebook(tmp_path, small | {"save_dir": "out"}, lambda: epochs_done(out) >= 2, SIGINT, again=True)
+    assert KEPT in nbtools.printed(notebook)
+    assert same(undisturbed, state_of(out))
