@@ -41,9 +41,14 @@ def same(one: object, other: object) -> bool:
 
 
 def run_notebook(
-    folder: Path, settings: dict, when: Callable | None = None, kill: int = signal.SIGKILL, again: bool = False
+    folder: Path,
+    settings: dict,
+    when: Callable | None = None,
+    kill: int = signal.SIGKILL,
+    again: bool = False,
+    before_training: str = "",
 ) -> nbformat.NotebookNode:
-    """Execute the cells that training and scoring need; again: the training cell twice.
+    """Execute the cells that training and scoring need; again: the training cell twice; before_training: what else.
 
     Once when() is true, the kernel and its loader processes are sent a signal, as Jupyter's stop button does.
     """
@@ -52,6 +57,7 @@ def run_notebook(
     ids = [cell.id for cell in cells]
     if again:
         cells.insert(ids.index("start-run") + 1, nbformat.v4.new_code_cell(cells[ids.index("start-run")].source))
+    cells.insert(ids.index("start-run"), nbformat.v4.new_code_cell(before_training))
     lines = [f"{name} = {value!r}" for name, value in settings.items()]
     cells.insert(ids.index("settings") + 1, nbformat.v4.new_code_cell("\n".join(lines)))
     notebook.cells = cells

@@ -318,7 +318,7 @@ def test_item_is_standardised_and_of_the_models_size(nb, settings, write_pair, s
         write_pair(f"s_{i}", side=side)
     config = config_of(nb, settings, large_images="resize")
     image, label, problem = nb.RooftopDataset(nb.verify_dataset(config)[0], config)[0, 0]
-    assert problem == ""
+    assert problem == ("", "")
     assert image.shape == (3, 64, 64) and image.dtype == torch.float32
     assert label.shape == (64, 64) and label.dtype == torch.int64
     assert label.unique().tolist() == [0, 1]

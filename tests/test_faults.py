@@ -5,6 +5,7 @@ import pickle
 import re
 import resource
 import shutil
+import zipfile
 from pathlib import Path
 
 import numpy as np
@@ -147,6 +148,20 @@ def test_a_write_that_fails_leaves_the_older_file_and_no_other(nb, tmp_path, ful
     assert path.read_bytes() == b"old" and os.listdir(path.parent) == ["file.bin"]
 
 
+@pytest.mark.parametrize("room", [0, 2000, 10_000, 18_000])
+def test_a_cached_copy_is_whole_or_not_there(nb, settings, write_pair, tmp_path, full_disk, room):
+    write_pair("a_1", side=1500)
+    label = Path(settings["root"], "label/label/a_1_label.png")
+    config = nb.make_config(**settings)
+    size = os.path.getsize(nb.windowed(str(label), nb.replace(config, save_dir=str(tmp_path / "room"))))
+    full_disk(size * room // 20_000)
+    with pytest.raises(OSError, match=r"cache/a_1_label-.*\.tif could not be written .*make room there"):
+        nb.windowed(str(label), config)
+    full_disk(None)
+    assert not list((Path(settings["save_dir"]) / "cache").iterdir())
+    assert Path(nb.windowed(str(label), config)).stat().st_size == size
+
+
 # ---- numbers
 
 
@@ -199,8 +214,9 @@ def test_too_many_in_a_row_stop_and_keep_the_last_good_checkpoint(nb, start, who
         spoil_steps(nb, patch, lambda step: step >= 3)  # from the second epoch on
         run, go = start(epochs=30, batch_size=2, save_dir=settings["save_dir"])
         monkeypatch.setattr(nb, "MAX_SKIPPED", 3)
-        with pytest.raises(FloatingPointError, match="3 steps in a row .*lower learning_rate, or set precision"):
-            go()
+        for _ in range(2):  # the cell is run again
+            with pytest.raises(FloatingPointError, match="3 steps in a row .*lower learning_rate, or set precision"):
+                go()
     assert len(run.history) == 1 and "1 finished epochs are kept" in capsys.readouterr().out
     last = torch.load(Path(settings["save_dir"]) / LAST, weights_only=True)
     assert last["epoch"] == 1 and same(dict(run.model.state_dict()), dict(last["model"]))
@@ -267,13 +283,13 @@ def test_a_tile_that_breaks_is_named_once_and_left_out(start, settings, capsys, 
 def test_a_broken_tile_counts_nowhere(nb, settings, write_pair):
     for stem in ("a_1", "b_1", "c_1", "d_1"):
         write_pair(stem)
-    config = nb.make_config(**settings | {"batch_size": 2})
+    config = nb.make_config(**settings | {"batch_size": 3})
     tiles, _ = nb.verify_dataset(config)
     run = nb.start_run(config, CPU, "fp32")
     without = nb.evaluate(run, nb.make_loader(nb.RooftopDataset(tiles[:3], config), CPU), nb.CombinedLoss(1, 0), config)
     spoil_tile(settings["root"], "d_1", "gone")
     broken = nb.evaluate(run, nb.make_loader(nb.RooftopDataset(tiles, config), CPU), nb.CombinedLoss(1, 0), config)
-    assert broken["iou"] == without["iou"] and broken["pixel_accuracy"] == without["pixel_accuracy"]
+    assert broken == without  # the loss as well: the broken tile is alone in its batch
 
 
 def test_many_broken_tiles_stop_and_keep_the_last_checkpoint(start, settings, before_saving, capsys):
@@ -286,6 +302,55 @@ def test_many_broken_tiles_stop_and_keep_the_last_checkpoint(start, settings, be
     with pytest.raises(OSError, match=r"\d of 6 tiles have become unreadable; are they still there\?"):
         go()
     assert torch.load(Path(settings["save_dir"]) / LAST, weights_only=True)["epoch"] == 2 == len(run.history)
+
+
+def test_the_only_validation_tile_cannot_be_left_out(nb, start, settings, before_saving):
+    run, go = start(epochs=4, split=[0.8, 0.1, 0.1])
+    tiles = nb.find_scenes(nb.verify_dataset(run.config)[0], "auto")
+    ((name, *_),) = nb.split_by_scene(tiles, run.config)[0]["val"]
+    before_saving(2, lambda: spoil_tile(settings["root"], Path(name).stem, "gone"))
+    with pytest.raises(OSError, match="1 of 1 tiles have become unreadable"):
+        go()
+    assert len(run.history) == 2
+
+
+def test_a_large_tile_that_breaks_counts_once(nb, settings, write_pair, capsys):
+    """Its windows fail one by one, each for a reason of its own."""
+    for stem in ("a_1", "b_1", "c_1"):
+        write_pair(stem, side=320, suffix=".bmp")
+    config = nb.make_config(**settings)
+    tiles, _ = nb.verify_dataset(config)
+    path = Path(settings["root"], "images/images/b_1.bmp")
+    path.write_bytes(path.read_bytes()[:5000])
+    run = nb.start_run(config, CPU, "fp32")
+    nb.evaluate(run, nb.make_loader(nb.RooftopDataset(tiles, config), CPU), nb.CombinedLoss(1, 0), config)
+    assert run.unreadable == {"images/images/b_1.bmp"} and capsys.readouterr().out.count("left out") == 1
+
+
+def test_a_tile_that_breaks_before_scoring_is_named_and_left_out(nb, settings, write_pair, capsys):
+    for stem in ("a_1", "b_1", "c_1", "d_1"):
+        write_pair(stem)
+    config = nb.make_config(**settings)
+    tiles, _ = nb.verify_dataset(config)
+    predictor = nb.Predictor([nb.start_run(config, CPU, "fp32").model.eval()], CPU, "fp32")
+    spoil_tile(settings["root"], "b_1", "cut")
+    scored, tile_scores, _ = nb.score_tiles(predictor, tiles, config, 0.5)
+    assert scored == [tiles[0], *tiles[2:]] and len(tile_scores) == 3
+    assert "left out: images/images/b_1.png" in capsys.readouterr().out
+    for stem in ("a_1", "c_1", "d_1"):
+        spoil_tile(settings["root"], stem, "gone")
+    with pytest.raises(ValueError, match="none of 4 tiles can be read any more"):
+        nb.score_tiles(predictor, tiles, config, 0.5)
+
+
+def test_too_little_memory_is_no_broken_tile(nb, start, monkeypatch):
+    def fill(*_):
+        raise MemoryError("Unable to allocate 2.00 GiB for an array")
+
+    run, go = start()
+    monkeypatch.setattr(nb, "read_image", fill)
+    with pytest.raises(RuntimeError, match="out of memory with batch_size = 4"):
+        go()
 
 
 # ---- checkpoints
@@ -346,6 +411,22 @@ def test_a_flipped_bit_in_the_weights_is_noticed(nb, checkpoint):
     checkpoint.write_bytes(content)
     with pytest.raises(ValueError, match="cut short, damaged"):
         nb.load_model(checkpoint, CPU, {})
+
+
+def test_a_compressed_checkpoint_is_refused(nb, checkpoint):
+    """A few bytes of it could fill the memory."""
+    with zipfile.ZipFile(checkpoint) as parts:
+        contents = {name: parts.read(name) for name in parts.namelist()}
+    with zipfile.ZipFile(checkpoint, "w", zipfile.ZIP_DEFLATED) as parts:
+        for name, content in contents.items():
+            parts.writestr(name, content)
+    with pytest.raises(ValueError, match="cut short, damaged"):
+        nb.load_model(checkpoint, CPU, {})
+
+
+def test_an_ensemble_of_files_that_the_run_will_replace_is_refused(nb, settings, checkpoint):
+    with pytest.raises(ValueError, match="ensemble = .* a run replaces the models in save_dir; copy them elsewhere"):
+        nb.make_config(**settings | {"ensemble": [str(checkpoint)]})
 
 
 def test_another_architecture_or_number_of_classes_is_named(nb, checkpoint):

@@ -143,7 +143,7 @@ def test_mutated_images_and_labels_give_a_tile_or_a_named_fault(nb, settings, pa
             tile, faults = nb.inspect_pair(files, config)
         if tile:
             problem = nb.RooftopDataset([tile], config, train=True)[1, 0][2]
-            assert not problem
+            assert problem == ("", "")
         else:
             assert len(faults) == 1 and faults[0].file in map(str, files) and faults[0].detail
         counts[bool(tile)] = counts.get(bool(tile), 0) + 1

@@ -11,7 +11,7 @@ import pytest
 import torch
 from faulty import picture, save
 from kernels import epochs_done, run_notebook, same, state_of
-from nbclient.exceptions import DeadKernelError
+from nbclient.exceptions import CellExecutionError, DeadKernelError
 
 import nbtools
 
@@ -120,6 +120,47 @@ def test_a_run_cut_off_between_any_two_files_is_the_same(nb, start, tmp_path, mo
     assert same(state_of(tmp_path / "whole"), state_of(tmp_path / "cut"))
 
 
+@pytest.mark.parametrize(("epochs", "interrupted"), [(1, "start_run"), (2, "restore"), (2, "load_checkpoint")])
+def test_a_stop_button_pressed_twice_loses_nothing(nb, start, tmp_path, monkeypatch, epochs, interrupted):
+    start(epochs=3, save_dir=str(tmp_path / "whole"))[1]()
+    _, go = start(epochs=3, save_dir=str(tmp_path / "cut"))
+    calls, evaluate, original = [], nb.evaluate, getattr(nb, interrupted)
+
+    def first(*words):
+        calls.append(1)
+        if len(calls) == epochs:
+            raise KeyboardInterrupt
+        return evaluate(*words)
+
+    def second(*words):
+        if interrupted != "load_checkpoint":
+            original(*words)
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr(nb, "evaluate", first)
+        patch.setattr(nb, interrupted, second)
+        go()
+    assert len(go()) == 3
+    assert same(state_of(tmp_path / "whole"), state_of(tmp_path / "cut"))
+
+
+def test_a_last_checkpoint_that_fails_half_way_leaves_no_trace(nb, start, settings, tmp_path):
+    start(epochs=2, save_dir=str(tmp_path / "whole"))[1]()
+    start(epochs=2)[1]()
+    path = Path(settings["save_dir"]) / nb.LAST_FILE
+    for part in ("optimizer", "model"):
+        torch.save(torch.load(tmp_path / "whole" / nb.LAST_FILE, weights_only=True) | {part: {"nonsense": 1}}, path)
+        saved = torch.load(path, weights_only=True)
+        torch.save(saved | {"config": saved["config"] | {"save_dir": settings["save_dir"]}}, path)
+        run, go = start(epochs=2)
+        with pytest.raises(ValueError, match="cannot go on"):
+            go()
+        path.unlink()
+        go()
+        assert same(state_of(tmp_path / "whole"), state_of(Path(settings["save_dir"])))
+
+
 # ---- in a real kernel
 
 
@@ -143,6 +184,14 @@ def undisturbed(tmp_path_factory, small):
     folder = tmp_path_factory.mktemp("undisturbed")
     run_notebook(folder, small | {"save_dir": "out"})
     return state_of(folder / "out")
+
+
+def test_settings_changed_without_a_new_model_are_noticed(tmp_path, small):
+    """A person who edits the settings, runs that cell and the check, and then the training cell alone."""
+    change = "learning_rate = 0.5\nconfig = make_config(**{f.name: globals()[f.name] for f in fields(Config)})"
+    with pytest.raises(CellExecutionError, match="the settings have changed since section 7"):
+        run_notebook(tmp_path, small | {"save_dir": "out"}, before_training=change)
+    assert not list((tmp_path / "out").glob("*.pt"))
 
 
 def test_kills_at_any_moment_lose_nothing(tmp_path, small, undisturbed):
