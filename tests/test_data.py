@@ -376,11 +376,15 @@ def test_transforms_draw_independently(nb, settings, tiles):
 def test_batches_are_the_same_whatever_the_workers(nb, settings, tiles, workers):
     def batches(count, epoch):
         config = config_of(nb, settings, num_workers=count, augmentation="strong")
-        loader = nb.make_loader(nb.RooftopDataset(tiles, config, train=True), torch.device("cpu"), epoch)
+        loader = nb.make_loader(nb.RooftopDataset(tiles, config, train=True), torch.device("cpu"))
+        nb.set_epoch(loader, epoch)
         return [images for images, *_ in loader]
 
     data = nb.RooftopDataset(tiles, config_of(nb, settings), train=True)
-    orders = [[index for _, index in nb.make_loader(data, torch.device("cpu"), epoch).sampler] for epoch in (1, 2, 1)]
+    loader, orders = nb.make_loader(data, torch.device("cpu")), []
+    for epoch in (1, 2, 1):
+        nb.set_epoch(loader, epoch)
+        orders.append([index for _, index in loader.sampler])
     assert orders[0] == orders[2] != orders[1] and sorted(orders[0]) == sorted(orders[1]) == list(range(len(data)))
     assert torch.equal(torch.cat(batches(workers, 1)), torch.cat(batches(0, 1)))
     assert not torch.equal(torch.cat(batches(workers, 1)), torch.cat(batches(workers, 2)))
