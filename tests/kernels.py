@@ -11,12 +11,25 @@ from pathlib import Path
 
 import nbformat
 import torch
+from faulty import picture, save
 from nbclient import NotebookClient
 
 import nbtools
 
 CHECKPOINTS = ("rooftop_last.pt", "rooftop_best_model_iou.pt", "rooftop_best_model_loss.pt")
 SKIPPED = ("memory-run", "step-run", "loader-run", "look-", "loss-run", "metrics-run", "curves-run", "show-")
+
+
+def small_run(root: Path, epochs: int) -> dict:
+    """Write a few tiles below root; the settings of a run of a few seconds on them, with a loader process."""
+    for number in range(16):
+        for folder, pixels, end in zip(
+            ("images/images", "label/label"), picture(f"{number}"), ("", "_label"), strict=True
+        ):
+            save(root / folder / f"s{number}_1{end}.png", pixels)
+    size = {"image_size": 64, "batch_size": 4, "epochs": epochs, "split": [0.5, 0.25, 0.25]}
+    quick = {"num_workers": 1, "tta": False, "encoder_name": "mobilenet_v2", "encoder_weights": None}
+    return {"root": str(root)} | size | quick
 
 
 def state_of(folder: Path) -> list:

@@ -8,6 +8,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import rasterio
 import torch
 from faulty import picture, save, save_tiff
 from mutate import changed_settings, mutate, no_longer_than, only, pictures, small_checkpoint, with_right_sums
@@ -41,8 +42,6 @@ def png(path, width, height, rows=b""):
 
 def sparse(path, **options):
     """A GeoTIFF that claims pixels which it does not hold."""
-    import rasterio
-
     with rasterio.open(path, "w", driver="GTiff", dtype="uint8", SPARSE_OK=True, **options):
         pass
 

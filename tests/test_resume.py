@@ -9,8 +9,7 @@ from signal import SIGINT
 import numpy as np
 import pytest
 import torch
-from faulty import picture, save
-from kernels import epochs_done, run_notebook, same, state_of
+from kernels import epochs_done, run_notebook, same, small_run, state_of
 from nbclient.exceptions import CellExecutionError, DeadKernelError
 
 import nbtools
@@ -167,15 +166,7 @@ def test_a_last_checkpoint_that_fails_half_way_leaves_no_trace(nb, start, settin
 @pytest.fixture(scope="module")
 def small(tmp_path_factory):
     """Settings of a run of a few seconds, on tiles that are there."""
-    root = tmp_path_factory.mktemp("tiles")
-    for number in range(16):
-        for folder, pixels, end in zip(
-            ("images/images", "label/label"), picture(f"{number}"), ("", "_label"), strict=True
-        ):
-            save(root / folder / f"s{number}_1{end}.png", pixels)
-    size = {"image_size": 64, "batch_size": 4, "epochs": 10, "early_stopping_patience": 10, "split": [0.5, 0.25, 0.25]}
-    quick = {"num_workers": 1, "tta": False, "encoder_name": "mobilenet_v2", "encoder_weights": None}
-    return {"root": str(root)} | size | quick
+    return small_run(tmp_path_factory.mktemp("tiles"), epochs=10)
 
 
 @pytest.fixture(scope="module")

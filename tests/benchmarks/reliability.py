@@ -27,28 +27,12 @@ from nbclient.exceptions import CellExecutionError, DeadKernelError
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
 from faulty import picture, save
-from kernels import epochs_done, run_notebook, same, state_of
+from kernels import epochs_done, run_notebook, same, small_run, state_of
 from mutate import changed_settings, mutate, no_longer_than, only, pictures, small_checkpoint, with_right_sums
 
 import nbtools
 
-TILES = 16
 os.environ["HF_HUB_OFFLINE"] = "1"
-
-
-def write_tiles(root):
-    """A few tiles to train on."""
-    for number in range(TILES):
-        for folder, pixels, end in zip(
-            ("images/images", "label/label"), picture(f"{number}"), ("", "_label"), strict=True
-        ):
-            save(root / folder / f"s{number}_1{end}.png", pixels)
-
-
-def small_settings(root):
-    """Settings of a run of a few seconds."""
-    changes = {"root": str(root), "image_size": 64, "batch_size": 4, "epochs": 6, "split": [0.5, 0.25, 0.25]}
-    return changes | {"num_workers": 1, "tta": False, "encoder_name": "mobilenet_v2", "encoder_weights": None}
 
 
 def moments(out, rng, total):
@@ -177,9 +161,10 @@ def count(counts, name, call):
         print(f"  {name}: {error!r}"[:300], flush=True)
 
 
-def mutated_files(nb, folder, total, rng, counts):
+def mutated_files(nb, folder, settings, total, rng, counts):
     """Mutated images and labels, checkpoints, encoder weights and settings."""
-    settings = nbtools.settings() | small_settings(folder / "data") | {"save_dir": str(folder / "m"), "num_workers": 0}
+    here = {"root": str(folder / "data"), "save_dir": str(folder / "m"), "num_workers": 0}
+    settings = nbtools.settings() | settings | here
     config = nb.make_config(**settings)
     files = [folder / "data/images/images/a_1.png", folder / "data/label/label/a_1_label.png"]
     seeds = {path: path.read_bytes() for path in pictures(folder / "seeds")}
@@ -228,12 +213,11 @@ def main():
     warnings.simplefilter("ignore")
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
-        write_tiles(folder / "tiles")
-        settings = small_settings(folder / "tiles")
+        settings = small_run(folder / "tiles", epochs=6)
         if words.files:
             torch.set_num_threads(1)
             before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-            mutated_files(nb, folder / "fuzz", words.files, rng, counts)
+            mutated_files(nb, folder / "fuzz", settings, words.files, rng, counts)
             grown = (resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before) / 1024
             print(f"mutated files: {time.time() - started:.0f} s, memory grew by {grown:.0f} MiB", flush=True)
         if words.runs:
