@@ -14,7 +14,9 @@ from faulty import save
 import nbtools
 
 matplotlib.use("Agg")
-os.environ["HF_HUB_OFFLINE"] = "1"  # weights that are not cached fail at once, not after half a minute
+os.environ["HF_HUB_OFFLINE"] = (
+    "1"  # weights that are not cached fail at once, not after half a minute
+)
 REAL_TILES = Path(__file__).parents[2] / "shared" / "data" / "rooftops"
 
 
@@ -40,7 +42,13 @@ def defaults() -> dict:
 def settings(defaults: dict, tmp_path: Path) -> dict:
     """Default settings made small: random weights, a small encoder, folders below tmp_path."""
     small = {"root": str(tmp_path / "data"), "save_dir": str(tmp_path / "models"), "image_size": 64}
-    quick = {"batch_size": 4, "encoder_name": "resnet18", "encoder_weights": None, "epochs": 2, "num_workers": 0}
+    quick = {
+        "batch_size": 4,
+        "encoder_name": "resnet18",
+        "encoder_weights": None,
+        "epochs": 2,
+        "num_workers": 0,
+    }
     return defaults | small | quick
 
 
@@ -48,9 +56,19 @@ def settings(defaults: dict, tmp_path: Path) -> dict:
 def write_pair(settings: dict) -> Callable:
     """A function that writes one image and its label, a bright square on dark ground, below root."""
 
-    def write(stem: str, side: int = 64, low: int = 0, high: int = 255, suffix: str = ".png", seed: int = 0) -> None:
+    def write(
+        stem: str,
+        side: int = 64,
+        low: int = 0,
+        high: int = 255,
+        suffix: str = ".png",
+        seed: int = 0,
+    ) -> None:
         rng = np.random.default_rng([seed, *os.fsencode(stem)])
-        image, label = rng.integers(0, 60, (side, side, 3), np.uint8), np.full((side, side), low, np.uint8)
+        image, label = (
+            rng.integers(0, 60, (side, side, 3), np.uint8),
+            np.full((side, side), low, np.uint8),
+        )
         x, y = rng.integers(0, side // 2, 2)
         label[y : y + side // 2, x : x + side // 2] = high
         image[label == high] += 150
@@ -68,19 +86,22 @@ def start(nb: ModuleType, settings: dict, write_pair: Callable) -> Callable:
         write_pair(f"s{i}_1")
 
     def make(**changes: object) -> tuple:
-        small = {"encoder_name": "mobilenet_v2", "split": [0.5, 0.25, 0.25], "early_stopping_patience": 9}
+        small = {
+            "encoder_name": "mobilenet_v2",
+            "split": [0.5, 0.25, 0.25],
+            "early_stopping_patience": 9,
+        }
         config, cpu = nb.make_config(**settings | small | changes), torch.device("cpu")
         tiles = nb.find_scenes(nb.verify_dataset(config)[0], config.group_by)
-        split, _ = nb.split_by_scene(tiles, config)
-        sets = {part: nb.RooftopDataset(split[part], config, part == "train") for part in ("train", "val")}
+        split, _ = nb.split_tiles(tiles, config)
         data = {"split": {p: [tile.name for tile in split[p]] for p in nb.SPLITS}, "files": "x"}
-        run = nb.start_run(config, cpu, nb.choose_precision(config.precision, cpu)[0])
+        run = nb.start_run(config, cpu, nb.choose_precision(config.precision, cpu), data)
 
         def go() -> list[dict]:
-            if not run.history and not nb.resume_run(run, config, data):
+            if not run.history and not nb.resume_run(run):
                 nb.archive_old_run(Path(config.save_dir))
-            history = nb.fit(run, sets, nb.CombinedLoss(0.6, 0.4), config, data)
-            nb.write_files(run, config)
+            history = nb.fit(run, split)
+            nb.write_files(run)
             return history
 
         return run, go

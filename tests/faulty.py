@@ -1,4 +1,4 @@
-"""A folder of tiles with every kind of fault, on real files; run it to see the verification's table.
+"""A folder of tiles with every kind of fault; run it to see the verification's table.
 
 usage: python tests/faulty.py path/to/new/folder
 """
@@ -32,7 +32,12 @@ def save(path: Path, pixels: np.ndarray, **options: object) -> None:
 def save_tiff(path: Path, bands: np.ndarray, **options: object) -> None:
     """Write bands (B, H, W) of any type as a GeoTIFF."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    size = {"count": len(bands), "height": bands.shape[1], "width": bands.shape[2], "dtype": bands.dtype}
+    size = {
+        "count": len(bands),
+        "height": bands.shape[1],
+        "width": bands.shape[2],
+        "dtype": bands.dtype,
+    }
     with rasterio.open(path, "w", driver="GTiff", **size | options) as raster:
         raster.write(bands)
 
@@ -41,11 +46,20 @@ def build(root: Path) -> dict[str, tuple[str, str]]:
     """Fill a folder; the kind and the action that each file name must be reported with."""
     images, labels, expected = root / "images/images", root / "label/label", {}
 
-    def pair(stem: str, kind: str = "", action: str = "left out", image: object = None, label: object = None) -> tuple:
-        """Write a pair; an image or label may be pixels, or a file name with a function that writes it."""
+    def pair(
+        stem: str,
+        kind: str = "",
+        action: str = "left out",
+        image: object = None,
+        label: object = None,
+    ) -> tuple:
+        """Write a pair; an image or label may be pixels, or a suffix with what writes the file."""
         pixels, truth = picture(stem)
         paths = []
-        for folder, given, default, end in ((images, image, pixels, ""), (labels, label, truth, "_label")):
+        for folder, given, default, end in (
+            (images, image, pixels, ""),
+            (labels, label, truth, "_label"),
+        ):
             if isinstance(given, tuple):
                 path = folder / f"{stem}{end}{given[0]}"
                 path.parent.mkdir(parents=True, exist_ok=True)
@@ -69,7 +83,9 @@ def build(root: Path) -> dict[str, tuple[str, str]]:
     pair("twice_1", "several files for one tile")
     save(labels / "twice_1_label.tif", truth)
     # files that cannot be read
-    for number, (suffix, keep) in enumerate([(".png", 0.5), (".jpg", 0.5), (".tif", 0.5), (".webp", 0.5), (".png", 0)]):
+    for number, (suffix, keep) in enumerate(
+        [(".png", 0.5), (".jpg", 0.5), (".tif", 0.5), (".webp", 0.5), (".png", 0)]
+    ):
         pair(f"cut_{number}", "unreadable", image=(suffix, lambda path: save(path, pixels)))
         path = images / f"cut_{number}{suffix}"
         path.write_bytes(path.read_bytes()[: int(keep * path.stat().st_size)])
@@ -82,9 +98,14 @@ def build(root: Path) -> dict[str, tuple[str, str]]:
     for mode, kind in used.items():
         action = "alpha = 0 is no data" if mode == "LA" else "used as RGB"
         pair(
-            f"mode{mode}_1", kind, action, image=np.asarray(Image.fromarray(picture(f"mode{mode}_1")[0]).convert(mode))
+            f"mode{mode}_1",
+            kind,
+            action,
+            image=np.asarray(Image.fromarray(picture(f"mode{mode}_1")[0]).convert(mode)),
         )
-        Image.fromarray(picture(f"mode{mode}_1")[0]).convert(mode).save(images / f"mode{mode}_1.png")
+        Image.fromarray(picture(f"mode{mode}_1")[0]).convert(mode).save(
+            images / f"mode{mode}_1.png"
+        )
     transparent = np.dstack([picture("clear_1")[0], np.full((SIDE, SIDE), 255, np.uint8)])
     transparent[:, :16, 3] = 0
     pair("clear_1", "image with alpha", "alpha = 0 is no data", image=transparent)
@@ -93,18 +114,27 @@ def build(root: Path) -> dict[str, tuple[str, str]]:
         pair(
             stem,
             "16-bit image",
-            "0-4095 read as 0-255",
+            "used",
             image=(".tif", lambda path, bands=bands: save_tiff(path, bands)),
         )
     floating = np.moveaxis(pixels, 2, 0).astype(np.float32)
     many = np.concatenate([np.moveaxis(pixels, 2, 0), pixels[None, ..., 0]])
     options = {"photometric": "MINISBLACK"}
     pair("float_1", "unusable pixels", image=(".tif", lambda path: save_tiff(path, floating)))
-    pair("four_1", "unusable pixels", image=(".tif", lambda path: save_tiff(path, many, alpha="NO", **options)))
+    pair(
+        "four_1",
+        "unusable pixels",
+        image=(".tif", lambda path: save_tiff(path, many, alpha="NO", **options)),
+    )
     for number, suffix in enumerate((".jpg", ".tif")):
         ink = Image.fromarray(pixels).convert("CMYK")
-        pair(f"ink_{number}", "unusable pixels", image=(suffix, lambda path, ink=ink: ink.save(path)))
-    white = (".tif", lambda path: save_tiff(path, 255 - pixels[None, ..., 0], photometric="MINISWHITE"))
+        pair(
+            f"ink_{number}", "unusable pixels", image=(suffix, lambda path, ink=ink: ink.save(path))
+        )
+    white = (
+        ".tif",
+        lambda path: save_tiff(path, 255 - pixels[None, ..., 0], photometric="MINISWHITE"),
+    )
     pair("white_1", "unusable pixels", image=white)
     exif = Image.Exif()
     exif[0x112] = 3
@@ -120,18 +150,25 @@ def build(root: Path) -> dict[str, tuple[str, str]]:
     jpeg = (".tif", lambda path: Image.fromarray(picture("wrong_1")[0]).save(path, format="JPEG"))
     pair("wrong_1", "wrong content for the suffix", "read by its content", image=jpeg)
     pair("twin_1", image=picture("good_0")[0])
-    expected["twin_1.png"] = ("identical images", "kept in one split")
+    expected["twin_1.png"] = ("identical images", "left out")
     # labels
-    pair("binary_1", "label of 0 and 1", "1 read as roof", label=truth // 255)
-    pair("red_1", "colour label", "the brightest band is read", label=np.dstack([truth, truth * 0, truth * 0]))
+    pair(
+        "red_1",
+        "colour label",
+        "the brightest is read",
+        label=np.dstack([truth, truth * 0, truth * 0]),
+    )
     smooth = truth.copy()
     smooth[truth != np.roll(truth, 1, 0)] = 128
-    nearest = "read as the nearer class value"
+    nearest = "read as rooftop"
     pair("smooth_1", "antialiased label", nearest, label=smooth)
-    pair("odd_1", "unexpected label values", nearest, label=np.where(truth > 0, 200, 0).astype(np.uint8))
-    stripes = np.repeat(np.array([[0, 1, 255, 0]], np.uint8), 16, axis=1).repeat(SIDE, axis=0)
-    pair("unclear_1", "ambiguous label values", label=stripes)
-    pair("glass_1", "label with alpha", "the alpha channel is not read", label=np.dstack([truth, truth]))
+    pair(
+        "odd_1",
+        "unexpected label values",
+        nearest,
+        label=np.where(truth > 0, 200, 0).astype(np.uint8),
+    )
+    pair("glass_1", "label with alpha", "alpha is not read", label=np.dstack([truth, truth]))
     whole = (".tif", lambda path: save_tiff(path, np.full((1, SIDE, SIDE), 0.5, np.float32)))
     pair("half_1", "unreadable", label=whole)
     expected["half_1.png"] = expected.pop("half_1_label.tif")
@@ -139,9 +176,8 @@ def build(root: Path) -> dict[str, tuple[str, str]]:
     pair("full_1", "label without background", "used", label=truth * 0 + 255)
     # names
     for stem in ("with space_1", "Dächer_1"):
-        pair(stem, "unusual name", "used")
-        expected[f"{stem}_label.png"] = ("unusual name", "used")
-    pair("loud_1", "unusual name", "used", image=(".PNG", lambda path: save(path, picture("loud_1")[0])))
+        pair(stem)
+    pair("loud_1", image=(".PNG", lambda path: save(path, picture("loud_1")[0])))
     pair("district/inner_1")
     for name in (".hidden_1.png", "thumb_1.png", "Thumbs.db"):
         (images / name).write_bytes(b"whatever")
@@ -159,9 +195,15 @@ if __name__ == "__main__":
     folder = Path(sys.argv[1])
     build(folder)
     nb = nbtools.load()
-    settings = nbtools.settings() | {"root": str(folder), "save_dir": str(folder / "results"), "image_size": SIDE}
+    settings = nbtools.settings() | {
+        "root": str(folder),
+        "save_dir": str(folder / "results"),
+        "image_size": SIDE,
+    }
     tiles, report = nb.verify_dataset(nb.make_config(**settings))
     print(f"{len(tiles)} usable images, {len(report)} findings")
     table = report.groupby(["kind", "action"])["file"]
-    table = table.agg(files="size", first=lambda names: ", ".join(Path(name).name for name in names[:3]))
+    table = table.agg(
+        files="size", first=lambda names: ", ".join(Path(name).name for name in names[:3])
+    )
     print(table.to_string())

@@ -17,7 +17,16 @@ from nbclient import NotebookClient
 import nbtools
 
 CHECKPOINTS = ("rooftop_last.pt", "rooftop_best_model_iou.pt", "rooftop_best_model_loss.pt")
-SKIPPED = ("memory-run", "step-run", "loader-run", "look-", "loss-run", "metrics-run", "curves-run", "show-")
+SKIPPED = (
+    "memory-run",
+    "step-run",
+    "loader-run",
+    "look-",
+    "loss-run",
+    "metrics-run",
+    "curves-run",
+    "show-",
+)
 
 
 def small_run(root: Path, epochs: int) -> dict:
@@ -28,7 +37,12 @@ def small_run(root: Path, epochs: int) -> dict:
         ):
             save(root / folder / f"s{number}_1{end}.png", pixels)
     size = {"image_size": 64, "batch_size": 4, "epochs": epochs, "split": [0.5, 0.25, 0.25]}
-    quick = {"num_workers": 1, "tta": False, "encoder_name": "mobilenet_v2", "encoder_weights": None}
+    quick = {
+        "num_workers": 1,
+        "tta": False,
+        "encoder_name": "mobilenet_v2",
+        "encoder_weights": None,
+    }
     return {"root": str(root)} | size | quick
 
 
@@ -37,9 +51,20 @@ def state_of(folder: Path) -> list:
     saved = [torch.load(folder / name, weights_only=True) for name in CHECKPOINTS]
     with open(folder / "history.csv", newline="") as file:
         rows = [{k: v for k, v in row.items() if k != "seconds"} for row in csv.DictReader(file)]
-    metrics = json.loads((folder / "metrics.json").read_text()) if (folder / "metrics.json").exists() else None
+    metrics = (
+        json.loads((folder / "metrics.json").read_text())
+        if (folder / "metrics.json").exists()
+        else None
+    )
     weights = [(checkpoint["model"], checkpoint["epoch"]) for checkpoint in saved]
-    return [weights, saved[0]["optimizer"]["state"], saved[0]["scheduler"], saved[0]["scaler"], rows, metrics]
+    return [
+        weights,
+        saved[0]["optimizer"]["state"],
+        saved[0]["scheduler"],
+        saved[0]["scaler"],
+        rows,
+        metrics,
+    ]
 
 
 def same(one: object, other: object) -> bool:
@@ -66,10 +91,17 @@ def run_notebook(
     Once when() is true, the kernel and its loader processes are sent a signal, as Jupyter's stop button does.
     """
     notebook = nbformat.read(nbtools.NOTEBOOK, as_version=4)
-    cells = [cell for cell in notebook.cells if cell.cell_type == "code" and not cell.id.startswith(SKIPPED)]
+    cells = [
+        cell
+        for cell in notebook.cells
+        if cell.cell_type == "code" and not cell.id.startswith(SKIPPED)
+    ]
     ids = [cell.id for cell in cells]
     if again:
-        cells.insert(ids.index("start-run") + 1, nbformat.v4.new_code_cell(cells[ids.index("start-run")].source))
+        cells.insert(
+            ids.index("start-run") + 1,
+            nbformat.v4.new_code_cell(cells[ids.index("start-run")].source),
+        )
     cells.insert(ids.index("start-run"), nbformat.v4.new_code_cell(before_training))
     lines = [f"{name} = {value!r}" for name, value in settings.items()]
     cells.insert(ids.index("settings") + 1, nbformat.v4.new_code_cell("\n".join(lines)))

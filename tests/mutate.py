@@ -26,7 +26,9 @@ def mutate(content: bytes, rng: random.Random) -> bytes:
         if kind == "flip" and new:
             new[at] ^= 1 << rng.randrange(8)
         elif kind == "number":
-            number = struct.pack(rng.choice("<>") + "I", rng.choice(EXTREMES))[: rng.choice((1, 2, 4))]
+            number = struct.pack(rng.choice("<>") + "I", rng.choice(EXTREMES))[
+                : rng.choice((1, 2, 4))
+            ]
             new[at : at + len(number)] = number
         elif kind == "cut":
             del new[at : at + size]
@@ -56,13 +58,27 @@ def with_right_sums(content: bytes) -> bytes:
 def pictures(folder: Path) -> list[Path]:
     """Write a small valid file of each format and kind of compression."""
     pixels, label = picture("seed")
-    files = [folder / f"seed{suffix}" for suffix in (".png", ".jpg", ".bmp", ".webp", ".tif", ".tiff")]
+    files = [
+        folder / f"seed{suffix}" for suffix in (".png", ".jpg", ".bmp", ".webp", ".tif", ".tiff")
+    ]
     for path in files[:4]:
         save(path, pixels)
     bands = np.moveaxis(pixels, -1, 0)
-    save_tiff(files[4], bands, compress="deflate", tiled=True, blockxsize=16, blockysize=16, crs="EPSG:32633")
+    save_tiff(
+        files[4],
+        bands,
+        compress="deflate",
+        tiled=True,
+        blockxsize=16,
+        blockysize=16,
+        crs="EPSG:32633",
+    )
     save_tiff(files[5], bands, compress="lzw", interleave="pixel")
-    for name, options in {"packed": {"compress": "packbits"}, "raw": {}, "jpeg": {"compress": "jpeg"}}.items():
+    for name, options in {
+        "packed": {"compress": "packbits"},
+        "raw": {},
+        "jpeg": {"compress": "jpeg"},
+    }.items():
         files.append(folder / f"{name}.tif")
         save_tiff(files[-1], bands, **options)
     files.append(folder / "deep.png")
@@ -70,8 +86,39 @@ def pictures(folder: Path) -> list[Path]:
     return files
 
 
-VALUES = [None, True, -1, 0, 1, 3, 2**31, 10**30, 0.0, -0.5, 1e-320, 1e308, float("nan"), float("inf"), "", "auto", "x"]
-VALUES += ["\0", "../..", "/", "/dev/null", "a" * 5000, "\ud800", "💥", "(", "(.*)", "tu-hf-hub:a/b", "$\\frac$", "{}"]
+VALUES = [
+    None,
+    True,
+    -1,
+    0,
+    1,
+    3,
+    2**31,
+    10**30,
+    0.0,
+    -0.5,
+    1e-320,
+    1e308,
+    float("nan"),
+    float("inf"),
+    "",
+    "auto",
+    "x",
+]
+VALUES += [
+    "\0",
+    "../..",
+    "/",
+    "/dev/null",
+    "a" * 5000,
+    "\ud800",
+    "💥",
+    "(",
+    "(.*)",
+    "tu-hf-hub:a/b",
+    "$\\frac$",
+    "{}",
+]
 VALUES += [
     [],
     [[]],
@@ -126,7 +173,7 @@ def only(errors: type | tuple, call: Callable) -> str:
 
 def small_checkpoint(nb: object, config: object) -> Path:
     """The file of a small valid checkpoint."""
-    run = nb.start_run(config, torch.device("cpu"), "fp32")
+    run = nb.start_run(config, torch.device("cpu"), "fp32", {})
     run.history.append({"epoch": 1, "val_loss": 1.0, "val_iou": 0.5})
-    nb.save_epoch(run, config, {}, {"iou"})
+    nb.finish_epoch(run, ["iou"])
     return Path(config.save_dir) / nb.BEST_FILES["iou"]

@@ -37,7 +37,12 @@ def load(path: Path = NOTEBOOK, name: str = "rooftop_notebook") -> ModuleType:
     module = sys.modules[name] = ModuleType(name)
     for cell in definition_cells(path):
         file = f"<{Path(path).name}, cell {cell.id}>"
-        linecache.cache[file] = (len(cell.source), None, cell.source.splitlines(keepends=True), file)
+        linecache.cache[file] = (
+            len(cell.source),
+            None,
+            cell.source.splitlines(keepends=True),
+            file,
+        )
         exec(compile(cell.source, file, "exec"), module.__dict__)
     return module
 

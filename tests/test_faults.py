@@ -1,4 +1,4 @@
-"""What goes wrong while training lasts: full disks, numbers that are none, memory, files that vanish, foreign checkpoints."""
+"""What goes wrong while training lasts: disks, numbers, memory, lost files, foreign checkpoints."""
 
 import os
 import pickle
@@ -34,16 +34,16 @@ def before_saving(nb, monkeypatch):
     """A function that has something happen before the checkpoints of an epoch are written."""
 
     def arrange(epoch, happen, after=lambda: None):
-        save = nb.save_epoch
+        finish = nb.finish_epoch
 
-        def disturbed(run, *words):
+        def disturbed(run, better):
             if len(run.history) == epoch:
                 happen()
-            save(run, *words)
+            finish(run, better)
             if len(run.history) == epoch:
                 after()
 
-        monkeypatch.setattr(nb, "save_epoch", disturbed)
+        monkeypatch.setattr(nb, "finish_epoch", disturbed)
 
     return arrange
 
@@ -69,7 +69,11 @@ def test_a_full_disk_costs_no_training(start, whole, settings, before_saving, fu
     assert len(start(epochs=3)[1]()) == 3
     text = capsys.readouterr().out
     assert seen == [1]  # the older checkpoint was still readable
-    assert f"WARNING: {folder}" in text and "MB in a folder that can be written to" in text and "goes on" in text
+    assert (
+        f"WARNING: {folder}" in text
+        and "MB in a folder that can be written to" in text
+        and "goes on" in text
+    )
     assert same(state_of(whole), state_of(folder)) and not list(folder.glob("*.part"))
 
 
@@ -78,7 +82,9 @@ def test_a_disk_that_stays_full_is_named_and_costs_one_more_run_of_the_cell(
 ):
     before_saving(2, lambda: full_disk(100_000))
     run, go = start(epochs=3)
-    with pytest.raises(OSError, match=r"models/rooftop.*\.pt could not be written .*; it needs [\d.]+ MB"):
+    with pytest.raises(
+        OSError, match=r"models/rooftop.*\.pt could not be written .*; it needs [\d.]+ MB"
+    ):
         go()
     assert torch.load(Path(settings["save_dir"]) / LAST, weights_only=True)["epoch"] == 1
     full_disk(None)
@@ -117,13 +123,17 @@ def test_a_folder_that_vanishes_is_made_again(start, settings, before_saving, wh
 def test_a_file_in_the_way_of_save_dir_is_named(nb, settings, tmp_path):
     (tmp_path / "file").write_text("mine")
     for save_dir in (tmp_path / "file", tmp_path / "file" / "deep" / "models"):
-        with pytest.raises(ValueError, match=r"save_dir = .*file is not a folder that can be written to"):
+        with pytest.raises(
+            ValueError, match=r"save_dir = .*file is not a folder that can be written to"
+        ):
             nb.make_config(**settings | {"save_dir": str(save_dir)})
     nb.make_config(**settings | {"save_dir": str(tmp_path / "new" / "deep")})
     assert not (tmp_path / "new").exists() and (tmp_path / "file").read_text() == "mine"
 
 
-def test_a_file_that_takes_the_place_of_save_dir_is_named_and_kept(start, settings, before_saving, capsys):
+def test_a_file_that_takes_the_place_of_save_dir_is_named_and_kept(
+    start, settings, before_saving, capsys
+):
     folder = Path(settings["save_dir"])
 
     def replace_folder():
@@ -142,7 +152,9 @@ def test_a_write_that_fails_leaves_the_older_file_and_no_other(nb, tmp_path, ful
     path = tmp_path / "deep" / "file.bin"
     nb.write_whole(path, b"old")
     full_disk(1000)
-    with pytest.raises(OSError, match=r"file\.bin could not be written \(File too large\); it needs 0\.5 MB"):
+    with pytest.raises(
+        OSError, match=r"file\.bin could not be written \(File too large\); it needs 0\.5 MB"
+    ):
         nb.write_whole(path, b"n" * 500_000)
     full_disk(None)
     assert path.read_bytes() == b"old" and os.listdir(path.parent) == ["file.bin"]
@@ -153,13 +165,55 @@ def test_a_cached_copy_is_whole_or_not_there(nb, settings, write_pair, tmp_path,
     write_pair("a_1", side=1500)
     label = Path(settings["root"], "label/label/a_1_label.png")
     config = nb.make_config(**settings)
-    size = os.path.getsize(nb.windowed(str(label), nb.replace(config, save_dir=str(tmp_path / "room"))))
+    raster, elsewhere = nb.open_raster(label), nb.replace(config, save_dir=str(tmp_path / "room"))
+    size = os.path.getsize(nb.windowed(raster, elsewhere).name)
     full_disk(size * room // 20_000)
-    with pytest.raises(OSError, match=r"cache/a_1_label-.*\.tif could not be written .*make room there"):
-        nb.windowed(str(label), config)
+    message = (
+        r"cache/a_1_label-.*\.tif could not be written .*needs [\d.]+ MB in a folder that can be"
+    )
+    with pytest.raises(OSError, match=message):
+        nb.windowed(raster, config)
     full_disk(None)
     assert not list((Path(settings["save_dir"]) / "cache").iterdir())
-    assert Path(nb.windowed(str(label), config)).stat().st_size == size
+    copy = nb.windowed(raster, config)
+    assert os.path.getsize(copy.name) == size and (copy.read() == raster.read()).all()
+
+
+def test_what_nobody_needs_any_more_is_removed_and_nothing_else(nb, settings, write_pair):
+    """Gone are copies of changed or lost files, and what unfinished writes left; all else stays."""
+    for stem in ("a_1", "b_1", "c_1", "d_1"):
+        write_pair(stem, side=1100)
+    config, folder = nb.make_config(**settings), Path(settings["save_dir"])
+    cache = folder / "cache"
+    nb.verify_dataset(config)
+    first = {path.name: path.stat().st_mtime_ns for path in cache.iterdir()}
+    assert len(first) == 8
+    write_pair("b_1", side=1100, seed=1)  # new files of the same names
+    write_pair("e_1", side=1100)
+    for path in Path(settings["root"]).rglob("d_1*"):
+        path.unlink()
+    mine = [
+        "notes.txt",
+        "my_tile.tif",
+        "deep/other.part",
+        "archive/old/rooftop_last.pt",
+        "cache/read.me",
+    ]
+    runs = ["rooftop_last.pt", "rooftop_best_model_iou.pt", "history.csv", "split.json"]
+    left = ["rooftop_last.pt.part", "cache/a_1-0123456789abcdef.tif.part"]
+    for name in (*mine, *runs, *left):
+        (folder / name).parent.mkdir(parents=True, exist_ok=True)
+        (folder / name).write_text(name)
+    tiles, _ = nb.verify_dataset(config)
+    used = {file for tile in tiles for file in (tile.image, tile.label)}
+    found = {str(path.relative_to(folder)) for path in folder.rglob("*") if path.is_file()}
+    assert found == {*mine, *runs, "dataset_report.csv"} | {
+        f"cache/{Path(file).name}" for file in used
+    }
+    assert all((folder / name).read_text() == name for name in (*mine, *runs))
+    again = {name: time for name, time in first.items() if name[:2] in ("a_", "c_")}
+    assert again.items() <= {path.name: path.stat().st_mtime_ns for path in cache.iterdir()}.items()
+    assert len(used) == 8 and not set(first) - set(again) & {Path(file).name for file in used}
 
 
 def test_a_pipe_in_place_of_the_last_checkpoint_is_moved_away(start, settings):
@@ -195,10 +249,16 @@ def test_a_step_without_finite_numbers_is_skipped_and_counted(
     run, go = start(epochs=2, batch_size=2, precision=precision)
     history = go()
     lines = [line for line in capsys.readouterr().out.splitlines() if "train loss" in line]
-    assert re.search("steps skipped: [123]$" if precision == "fp16" else "steps skipped: 1$", lines[0])
+    assert re.search(
+        "steps skipped: [123]$" if precision == "fp16" else "steps skipped: 1$", lines[0]
+    )
     assert precision == "fp16" or "skipped" not in lines[1]
-    assert all(torch.isfinite(tensor).all() for tensor in run.model.state_dict().values())  # statistics too
-    rows = history[1:] if precision == "fp16" else history  # in fp16 the first three steps may all be skipped
+    assert all(
+        torch.isfinite(tensor).all() for tensor in run.model.state_dict().values()
+    )  # statistics too
+    rows = (
+        history[1:] if precision == "fp16" else history
+    )  # in fp16 the first three steps may all be skipped
     assert (
         np.isfinite([row["train_loss"] for row in rows]).all()
         and np.isfinite([row["val_loss"] for row in history]).all()
@@ -206,29 +266,33 @@ def test_a_step_without_finite_numbers_is_skipped_and_counted(
 
 
 def test_a_skipped_step_changes_nothing(nb, start, monkeypatch):
-    run, _ = start()
+    (run, _), loss_fn = start(), nb.CombinedLoss(0.6, 0.4)
     images, labels = torch.randn(4, 3, 64, 64), torch.zeros(4, 64, 64, dtype=torch.long)
     run.model.train()
-    nb.train_step(run, images, labels, nb.CombinedLoss(0.6, 0.4), 1.0)
+    nb.train_step(run, images, labels, loss_fn)
     before = {name: value.clone() for name, value in run.model.state_dict().items()}
-    nb.train_step(run, images * float("nan"), labels, nb.CombinedLoss(0.6, 0.4), 1.0)
+    nb.train_step(run, images * float("nan"), labels, loss_fn)
     assert run.skipped == 1 and same(before, dict(run.model.state_dict()))
-    nb.train_step(run, images, labels, nb.CombinedLoss(0.6, 0.4), 1.0)
+    nb.train_step(run, images, labels, loss_fn)
     assert run.skipped == 0 and not same(before, dict(run.model.state_dict()))
 
 
-def test_too_many_in_a_row_stop_and_keep_the_last_good_checkpoint(nb, start, whole, settings, monkeypatch, capsys):
+def test_too_many_in_a_row_stop_and_keep_the_last_good_checkpoint(
+    nb, start, whole, settings, monkeypatch, capsys
+):
     with monkeypatch.context() as patch:
         spoil_steps(nb, patch, lambda step: step >= 3)  # from the second epoch on
         run, go = start(epochs=30, batch_size=2, save_dir=settings["save_dir"])
+        message = "3 steps in a row .*lower learning_rate, or set precision"
         monkeypatch.setattr(nb, "MAX_SKIPPED", 3)
         for _ in range(2):  # the cell is run again
-            with pytest.raises(FloatingPointError, match="3 steps in a row .*lower learning_rate, or set precision"):
+            with pytest.raises(FloatingPointError, match=message):
                 go()
             assert run.skipped == 0
-    assert len(run.history) == 1 and "1 finished epochs are kept" in capsys.readouterr().out
+    assert len(run.history) == 1
     last = torch.load(Path(settings["save_dir"]) / LAST, weights_only=True)
     assert last["epoch"] == 1 and same(dict(run.model.state_dict()), dict(last["model"]))
+    assert "1 finished epochs are kept" in capsys.readouterr().out
 
 
 def test_fp16_finds_its_scale_by_itself(start, capsys):
@@ -240,7 +304,8 @@ def test_fp16_finds_its_scale_by_itself(start, capsys):
 
 
 def test_a_validation_loss_that_is_no_number_is_never_the_best(nb):
-    rows = [{"epoch": i + 1, "val_loss": loss} for i, loss in enumerate([float("nan"), 0.5, float("nan"), 0.4])]
+    losses = enumerate([float("nan"), 0.5, float("nan"), 0.4], 1)
+    rows = [{"epoch": epoch, "val_loss": loss} for epoch, loss in losses]
     assert nb.best_epoch(rows, "loss") == 4 and nb.best_epoch(rows[:1], "loss") == 0
 
 
@@ -248,8 +313,12 @@ def cuda_is_full():
     raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB")
 
 
-@pytest.mark.parametrize("fill", [cuda_is_full, lambda: torch.empty(2**55)], ids=["cuda", "really on the CPU"])
-def test_out_of_memory_names_the_settings_and_keeps_the_checkpoint(nb, start, whole, settings, monkeypatch, fill):
+@pytest.mark.parametrize(
+    "fill", [cuda_is_full, lambda: torch.empty(2**55)], ids=["cuda", "really on the CPU"]
+)
+def test_out_of_memory_names_the_settings_and_keeps_the_checkpoint(
+    nb, start, whole, settings, monkeypatch, fill
+):
     forward, calls = nb.forward, []
 
     def filling(*words):
@@ -260,11 +329,86 @@ def test_out_of_memory_names_the_settings_and_keeps_the_checkpoint(nb, start, wh
 
     run, go = start(epochs=3)
     monkeypatch.setattr(nb, "forward", filling)
-    with pytest.raises(RuntimeError, match=r"batch_size = 4: set batch_size = 2, or a smaller image_size than 64"):
+    advice = r"batch_size = 4: set batch_size = 2, or a smaller image_size than 64"
+    with pytest.raises(RuntimeError, match=advice):
         go()
     assert torch.load(Path(settings["save_dir"]) / LAST, weights_only=True)["epoch"] == 1
     assert len(go()) == 3
     assert same(state_of(whole), state_of(Path(settings["save_dir"])))
+
+
+@pytest.mark.parametrize("kind", [OSError, ValueError, RuntimeError])
+def test_an_error_that_only_speaks_of_allocation_stays_what_it_is(nb, start, monkeypatch, kind):
+    error = kind("cannot read /mnt/land allocation/memory/allocate/s3_1.png")
+
+    def fail(*_):
+        raise error
+
+    run, go = start()
+    monkeypatch.setattr(nb, "forward", fail)
+    with pytest.raises(kind) as caught:
+        go()
+    assert caught.value is error and type(caught.value) is kind
+
+
+@pytest.mark.parametrize("kind", [OSError, ValueError])
+def test_a_path_named_like_a_lack_of_memory_is_none(nb, start, monkeypatch, kind):
+    error = kind("cannot read /mnt/out of memory/not enough memory/shared memory/s3_1.png")
+
+    def fail(*_):
+        raise error
+
+    run, go = start()
+    monkeypatch.setattr(nb, "forward", fail)
+    with pytest.raises(kind) as caught:
+        go()
+    assert caught.value is error and type(caught.value) is kind
+
+
+FULL = "unable to allocate shared memory(shm) for file </torch_1_2>: No space left on device (28)"
+OTHERS = (  # how PyTorch says the same where it notices later
+    "unable to write to file </torch_1_2>: No space left on device (28)",
+    "DataLoader worker (pid 7) is killed by signal: Bus error. It is possible that dataloader's "
+    "workers are out of shared memory. Please try to raise your shared memory limit.",
+)
+
+
+def assert_advice_on_shared_memory(go, cause):
+    with pytest.raises(RuntimeError, match="shared memory.* num_workers = 0") as caught:
+        go()
+    assert "batch_size" not in str(caught.value) and "out of memory" not in str(caught.value)
+    assert cause in str(caught.value.__cause__)
+
+
+@pytest.mark.parametrize("text", [FULL, *OTHERS])
+def test_full_shared_memory_names_the_setting_that_helps(
+    nb, start, settings, monkeypatch, whole, text
+):
+    train, epochs = nb.train_one_epoch, []
+
+    def fill(run, loader, loss_fn):
+        epochs.append(1)
+        if len(epochs) == 2:
+            raise RuntimeError(text)
+        return train(run, loader, loss_fn)
+
+    run, go = start(epochs=3)
+    monkeypatch.setattr(nb, "train_one_epoch", fill)
+    assert_advice_on_shared_memory(go, text)
+    assert torch.load(Path(settings["save_dir"]) / LAST, weights_only=True)["epoch"] == 1
+    assert len(go()) == 3
+    assert same(state_of(whole), state_of(Path(settings["save_dir"])))
+
+
+def test_full_shared_memory_in_a_loader_process_is_told_as_well(nb, start, monkeypatch):
+    """PyTorch passes on a worker's error with the worker's traceback in its text."""
+
+    def fill(*_):
+        raise RuntimeError(FULL)
+
+    run, go = start(num_workers=1)
+    monkeypatch.setattr(nb, "read_tile", fill)
+    assert_advice_on_shared_memory(go, FULL)
 
 
 # ---- tiles
@@ -295,31 +439,38 @@ def test_a_broken_tile_counts_nowhere(nb, settings, write_pair, batch):
         write_pair(stem)
     config = nb.make_config(**settings | {"batch_size": batch})
     tiles, _ = nb.verify_dataset(config)
-    run = nb.start_run(config, CPU, "fp32")
-    without = nb.evaluate(run, nb.make_loader(nb.RooftopDataset(tiles[:3], config), CPU), nb.CombinedLoss(1, 0), config)
+    run, loss_fn = nb.start_run(config, CPU, "fp32", {}), nb.CombinedLoss(1, 0)
+    whole, part = (nb.make_loader(nb.RooftopDataset(t, config), CPU) for t in (tiles, tiles[:3]))
+    without = nb.evaluate(run, part, loss_fn)
     spoil_tile(settings["root"], "d_1", "gone")
-    broken = nb.evaluate(run, nb.make_loader(nb.RooftopDataset(tiles, config), CPU), nb.CombinedLoss(1, 0), config)
+    broken = nb.evaluate(run, whole, loss_fn)
     assert broken.pop("loss") == pytest.approx(without.pop("loss"), rel=1e-5)
     assert broken == without
 
 
-def test_many_broken_tiles_stop_and_keep_the_last_checkpoint(start, settings, before_saving, capsys):
+def test_many_broken_tiles_stop_and_keep_the_last_checkpoint(
+    start, settings, before_saving, capsys
+):
     def vanish():
         for number in range(12):
             spoil_tile(settings["root"], f"s{number}_1", "gone")
 
     before_saving(2, vanish)
     run, go = start(epochs=4)
-    with pytest.raises(OSError, match=r"\d of 6 tiles have become unreadable; are they still there\?"):
+    with pytest.raises(OSError, match=r"\d of 6 tiles have become unreadable; are they there\?"):
         go()
-    assert torch.load(Path(settings["save_dir"]) / LAST, weights_only=True)["epoch"] == 2 == len(run.history)
+    assert (
+        torch.load(Path(settings["save_dir"]) / LAST, weights_only=True)["epoch"]
+        == 2
+        == len(run.history)
+    )
 
 
 def test_the_only_validation_tile_cannot_be_left_out(nb, start, settings, before_saving):
     run, go = start(epochs=4, split=[0.8, 0.1, 0.1])
     tiles = nb.find_scenes(nb.verify_dataset(run.config)[0], "auto")
-    ((name, *_),) = nb.split_by_scene(tiles, run.config)[0]["val"]
-    before_saving(2, lambda: spoil_tile(settings["root"], Path(name).stem, "gone"))
+    (only,) = nb.split_tiles(tiles, run.config)[0]["val"]
+    before_saving(2, lambda: spoil_tile(settings["root"], Path(only.name).stem, "gone"))
     with pytest.raises(OSError, match="1 of 1 tiles have become unreadable"):
         go()
     assert len(run.history) == 2
@@ -333,9 +484,11 @@ def test_a_large_tile_that_breaks_counts_once(nb, settings, write_pair, capsys):
     tiles, _ = nb.verify_dataset(config)
     path = Path(settings["root"], "images/images/b_1.bmp")
     path.write_bytes(path.read_bytes()[:5000])
-    run = nb.start_run(config, CPU, "fp32")
-    nb.evaluate(run, nb.make_loader(nb.RooftopDataset(tiles, config), CPU), nb.CombinedLoss(1, 0), config)
-    assert run.unreadable == {"images/images/b_1.bmp"} and capsys.readouterr().out.count("left out") == 1
+    run = nb.start_run(config, CPU, "fp32", {})
+    loader = nb.make_loader(nb.RooftopDataset(tiles, config), CPU)
+    nb.evaluate(run, loader, nb.CombinedLoss(1, 0))
+    assert run.unreadable == {"images/images/b_1.bmp"}
+    assert capsys.readouterr().out.count("left out") == 1
 
 
 def test_a_tile_that_breaks_before_scoring_is_named_and_left_out(nb, settings, write_pair, capsys):
@@ -343,15 +496,16 @@ def test_a_tile_that_breaks_before_scoring_is_named_and_left_out(nb, settings, w
         write_pair(stem)
     config = nb.make_config(**settings)
     tiles, _ = nb.verify_dataset(config)
-    predictor = nb.Predictor([nb.start_run(config, CPU, "fp32").model.eval()], CPU, "fp32")
+    model = nb.start_run(config, CPU, "fp32", {}).model.eval()
+    predictor = nb.Predictor([model], config, CPU, "fp32", threshold=0.5)
     spoil_tile(settings["root"], "b_1", "cut")
-    scored, tile_scores, _ = nb.score_tiles(predictor, tiles, config, 0.5)
-    assert scored == [tiles[0], *tiles[2:]] and len(tile_scores) == 3
+    scored = nb.score_tiles(predictor, tiles)
+    assert [one.tile for one in scored] == [tiles[0], *tiles[2:]]
     assert "left out: images/images/b_1.png" in capsys.readouterr().out
     for stem in ("a_1", "c_1", "d_1"):
         spoil_tile(settings["root"], stem, "gone")
     with pytest.raises(ValueError, match="none of 4 tiles can be read any more"):
-        nb.score_tiles(predictor, tiles, config, 0.5)
+        nb.score_tiles(predictor, tiles)
 
 
 def test_too_little_memory_is_no_broken_tile(nb, start, monkeypatch):
@@ -371,9 +525,9 @@ def test_too_little_memory_is_no_broken_tile(nb, start, monkeypatch):
 def checkpoint(nb, settings):
     """The file of a checkpoint."""
     config = nb.make_config(**settings)
-    run = nb.start_run(config, CPU, "fp32")
+    run = nb.start_run(config, CPU, "fp32", {})
     run.history.append({"epoch": 1, "val_loss": 1.0, "val_iou": 0.5})
-    nb.save_epoch(run, config, {}, {"iou"})
+    nb.finish_epoch(run, ["iou"])
     return Path(config.save_dir) / nb.BEST_FILES["iou"]
 
 
@@ -388,30 +542,38 @@ def change(path, **values):
     torch.save(torch.load(path, weights_only=True) | values, path)
 
 
+DAMAGED = "cut short, damaged or foreign"
+CODE = "loading those can run code"
+NONE = "no checkpoint of this notebook; weights alone go into encoder_weights"
 SPOILT = {
-    "cut short": (lambda path: path.write_bytes(path.read_bytes()[:100_000]), "cut short, damaged"),
-    "empty": (lambda path: path.write_bytes(b""), "cut short, damaged"),
-    "text": (lambda path: path.write_text("no checkpoint"), "cut short, damaged or of another kind"),
-    "a picture": (lambda path: path.write_bytes(b"\x89PNG\r\n" + bytes(999)), "cut short, damaged or of another kind"),
-    "code": (lambda path: torch.save({"format": 2, "model": Evil()}, path), "loading those can run code"),
-    "code, plainly pickled": (lambda path: path.write_bytes(pickle.dumps(Evil(), 2)), "loading those can run code"),
-    "code beside weights": (lambda path: change(path, versions=Evil()), "loading those can run code"),
-    "a whole model": (lambda path: torch.save(torch.nn.Linear(2, 2), path), "loading those can run code"),
-    "weights alone": (lambda path: torch.save({"conv.weight": torch.ones(3)}, path), "no checkpoint of this notebook"),
-    "a list": (lambda path: torch.save([1, 2], path), "no checkpoint of this notebook"),
-    "an older format": (lambda path: change(path, format=1), "has format 1, this notebook reads format 2"),
-    "no config": (lambda path: change(path, config={}), "does not hold what it says"),
-    "other weights": (lambda path: change(path, model={"conv.weight": torch.ones(3)}), "does not hold what it says"),
-    "not there": (lambda path: path.unlink(), "is not there"),
+    "cut short": (lambda path: path.write_bytes(path.read_bytes()[:100_000]), DAMAGED),
+    "empty": (lambda path: path.write_bytes(b""), DAMAGED),
+    "text": (lambda path: path.write_text("no checkpoint"), DAMAGED),
+    "a picture": (lambda path: path.write_bytes(b"\x89PNG\r\n" + bytes(999)), DAMAGED),
+    "code": (lambda path: torch.save({"format": 3, "model": Evil()}, path), CODE),
+    "code, plainly pickled": (lambda path: path.write_bytes(pickle.dumps(Evil(), 2)), CODE),
+    "code beside weights": (lambda path: change(path, versions=Evil()), CODE),
+    "a whole model": (lambda path: torch.save(torch.nn.Linear(2, 2), path), CODE),
+    "weights alone": (lambda path: torch.save({"conv.weight": torch.ones(3)}, path), NONE),
+    "a list": (lambda path: torch.save([1, 2], path), NONE),
+    "an older format": (
+        lambda path: change(path, format=2),
+        "has format 2, not 3: use the notebook",
+    ),
+    "no config": (lambda path: change(path, config={}), "cannot be used: "),
+    "other weights": (lambda path: change(path, model={"c": torch.ones(3)}), "cannot be used: "),
+    "not there": (lambda path: path.unlink(), "it is missing"),
 }
 
 
 @pytest.mark.parametrize(("spoil", "message"), SPOILT.values(), ids=SPOILT.keys())
-def test_a_checkpoint_that_is_none_is_named_with_what_it_is(nb, checkpoint, spoil, message, tmp_path, monkeypatch):
+def test_a_checkpoint_that_is_none_is_named_with_what_it_is(
+    nb, checkpoint, spoil, message, tmp_path, monkeypatch
+):
     monkeypatch.chdir(tmp_path)
     spoil(checkpoint)
     with pytest.raises(ValueError, match=message) as caught:
-        nb.load_model(checkpoint, CPU, {})
+        nb.load_model(checkpoint, CPU)
     assert str(checkpoint) in str(caught.value) and "weights_only" not in str(caught.value)
     assert not Path("pwned").exists()
 
@@ -421,7 +583,7 @@ def test_a_flipped_bit_in_the_weights_is_noticed(nb, checkpoint):
     content[len(content) // 2] ^= 1
     checkpoint.write_bytes(content)
     with pytest.raises(ValueError, match="cut short, damaged"):
-        nb.load_model(checkpoint, CPU, {})
+        nb.load_model(checkpoint, CPU)
 
 
 def test_a_compressed_checkpoint_is_refused(nb, checkpoint):
@@ -432,28 +594,33 @@ def test_a_compressed_checkpoint_is_refused(nb, checkpoint):
         for name, content in contents.items():
             parts.writestr(name, content)
     with pytest.raises(ValueError, match="cut short, damaged"):
-        nb.load_model(checkpoint, CPU, {})
+        nb.load_model(checkpoint, CPU)
 
 
 def test_an_ensemble_of_files_that_the_run_will_replace_is_refused(nb, settings, checkpoint):
-    with pytest.raises(ValueError, match="ensemble = .* a run replaces the models in save_dir; copy them elsewhere"):
+    with pytest.raises(
+        ValueError, match="ensemble = .*must be existing files outside of save_dir; .* are not"
+    ):
         nb.make_config(**settings | {"ensemble": [str(checkpoint)]})
 
 
 def test_another_architecture_or_number_of_classes_is_named(nb, checkpoint):
-    nb.load_model(checkpoint, CPU, {"architecture": "DeepLabV3Plus"})
+    nb.load_model(checkpoint, CPU, architecture="DeepLabV3Plus", num_classes=2)
     with pytest.raises(ValueError, match="has architecture = 'DeepLabV3Plus', but this run 'Unet'"):
-        nb.load_model(checkpoint, CPU, {"architecture": "Unet"})
+        nb.load_model(checkpoint, CPU, architecture="Unet")
     with pytest.raises(ValueError, match="has num_classes = 2, but this run 3"):
-        nb.load_model(checkpoint, CPU, {"num_classes": 3})
+        nb.load_model(checkpoint, CPU, num_classes=3)
 
 
 def test_a_checkpoint_cannot_have_the_notebook_fetch_a_model(nb, checkpoint, monkeypatch):
     monkeypatch.setattr("socket.socket.connect", lambda *_: pytest.fail("asked the network"))
     for name in ("tu-hf-hub:timm/resnet18.a1_in1k", "tu-local-dir:/tmp", "tu-../resnet18"):
-        change(checkpoint, config=torch.load(checkpoint, weights_only=True)["config"] | {"encoder_name": name})
-        with pytest.raises(ValueError, match="is no name of an encoder"):
-            nb.load_model(checkpoint, CPU, {})
+        own = torch.load(checkpoint, weights_only=True)["config"]
+        change(checkpoint, config=own | {"encoder_name": name})
+        with pytest.raises(
+            ValueError, match=f"encoder_name = '{re.escape(name)}': no such encoder"
+        ):
+            nb.load_model(checkpoint, CPU)
 
 
 def test_encoder_weights_that_would_run_code_are_refused(nb, settings, tmp_path, monkeypatch):
@@ -461,5 +628,5 @@ def test_encoder_weights_that_would_run_code_are_refused(nb, settings, tmp_path,
     torch.save({"conv1.weight": Evil()}, "evil.pth")
     config = nb.make_config(**settings | {"encoder_weights": "evil.pth"})
     with pytest.raises(ValueError, match=r"evil\.pth was not loaded: it holds Python objects"):
-        nb.start_run(config, CPU, "fp32")
+        nb.start_run(config, CPU, "fp32", {})
     assert not Path("pwned").exists()

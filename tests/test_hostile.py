@@ -11,7 +11,15 @@ import pytest
 import rasterio
 import torch
 from faulty import picture, save, save_tiff
-from mutate import changed_settings, mutate, no_longer_than, only, pictures, small_checkpoint, with_right_sums
+from mutate import (
+    changed_settings,
+    mutate,
+    no_longer_than,
+    only,
+    pictures,
+    small_checkpoint,
+    with_right_sums,
+)
 
 CPU = torch.device("cpu")
 
@@ -19,11 +27,19 @@ CPU = torch.device("cpu")
 @pytest.fixture
 def pair(settings):
     """The paths of an image and its label, both written."""
-    image, label = (Path(settings["root"], *parts) for parts in (("images/images", "a_1.png"), ("label/label", "x")))
-    label = label.with_name("a_1_label.png")
+    root = Path(settings["root"])
+    image, label = root / "images/images/a_1.png", root / "label/label/a_1_label.png"
     for path, pixels in zip((image, label), picture("a_1"), strict=True):
         save(path, pixels)
     return image, label
+
+
+def inspect(nb, files, config):
+    """Inspect a pair and decide what its pixels mean: its tiles, and what was noticed."""
+    found = nb.inspect_pair(tuple(map(str, files)), None, config)
+    faults = [one for one in found if isinstance(one, nb.Fault)]
+    tiles, noticed = nb.decide([one for one in found if isinstance(one, nb.Tile)], config)
+    return tiles, faults + noticed
 
 
 # ---- bombs
@@ -33,7 +49,12 @@ def png(path, width, height, rows=b""):
     """A PNG of 8-bit grey that claims a size and holds some rows."""
 
     def chunk(kind, content):
-        return struct.pack(">I", len(content)) + kind + content + struct.pack(">I", zlib.crc32(kind + content))
+        return (
+            struct.pack(">I", len(content))
+            + kind
+            + content
+            + struct.pack(">I", zlib.crc32(kind + content))
+        )
 
     head = struct.pack(">IIBBBBB", width, height, 8, 0, 0, 0, 0)
     chunks = chunk(b"IHDR", head) + chunk(b"IDAT", zlib.compress(rows)) + chunk(b"IEND", b"")
@@ -51,10 +72,19 @@ BOMBS = {
     "a PNG of 10,000 million pixels": lambda p: png(p, SIDE, SIDE),
     "a PNG that inflates to 900 million": lambda p: png(p, 30_000, 30_000, bytes(30_001 * 1000)),
     "the largest PNG there may be": lambda p: png(p, 2**31 - 1, 2**31 - 1),
-    "a GeoTIFF of a million by a million": lambda p: sparse(p, width=10**6, height=10**6, count=3, tiled=True),
+    "a GeoTIFF of a million by a million": lambda p: sparse(
+        p, width=10**6, height=10**6, count=3, tiled=True
+    ),
     "a GeoTIFF of one row": lambda p: sparse(p, width=2**21, height=1, count=3),
     "a GeoTIFF with huge blocks": lambda p: sparse(
-        p, width=40_000, height=40_000, count=3, tiled=True, blockxsize=32768, blockysize=32768, compress="deflate"
+        p,
+        width=40_000,
+        height=40_000,
+        count=3,
+        tiled=True,
+        blockxsize=32768,
+        blockysize=32768,
+        compress="deflate",
     ),
 }
 
@@ -65,16 +95,19 @@ def test_a_bomb_is_refused_by_name_at_once(nb, settings, pair, bomb, which):
     pair[which].unlink()
     bomb(pair[which])
     with no_longer_than(10):
-        tile, (fault,) = nb.inspect_pair(pair, nb.make_config(**settings))
-    assert tile is None and str(pair[which]) in fault.file + fault.detail
-    assert "cut it, or save it as a tiled GeoTIFF" in fault.detail or "libpng: Invalid IHDR" in fault.detail
+        (fault,) = nb.inspect_pair(tuple(map(str, pair)), None, nb.make_config(**settings))
+    assert isinstance(fault, nb.Fault) and fault.action == "left out"
+    assert str(pair[which]) in fault.file + fault.detail
+    advice = "cut it, or save it as tiled GeoTIFF"
+    assert advice in fault.detail or "libpng: Invalid IHDR" in fault.detail
 
 
 def test_a_label_of_many_bands_is_refused(nb, settings, pair):
     pair[1].unlink()
     save_tiff(pair[1], np.zeros((300, 64, 64), np.uint8))
-    tile, (fault,) = nb.inspect_pair(pair, nb.make_config(**settings))
-    assert tile is None and "a label with 300 bands" in fault.detail
+    (fault,) = nb.inspect_pair(tuple(map(str, pair)), None, nb.make_config(**settings))
+    assert isinstance(fault, nb.Fault) and fault.action == "left out"
+    assert "a label with 300 bands" in fault.detail
 
 
 # ---- links and names
@@ -84,7 +117,9 @@ def test_links_and_pipes(nb, settings, write_pair, tmp_path):
     """What leads nowhere, in a circle or to a pipe is named; links to data elsewhere are used."""
     for number in range(4):
         write_pair(f"a_{number}")
-    images, labels = (Path(settings["root"], settings[name]) for name in ("images_dir", "labels_dir"))
+    images, labels = (
+        Path(settings["root"], settings[name]) for name in ("images_dir", "labels_dir")
+    )
     elsewhere = tmp_path / "elsewhere"
     for folder in (images, labels):
         (elsewhere / folder.name).mkdir(parents=True)
@@ -139,13 +174,13 @@ def test_mutated_images_and_labels_give_a_tile_or_a_named_fault(nb, settings, pa
         broken.write_bytes(with_right_sums(content) if rng.random() < 0.5 else content)
         files = tuple(broken if number == which else path for number, path in enumerate(pair))
         with no_longer_than(60):
-            tile, faults = nb.inspect_pair(files, config)
-        if tile:
-            problem = nb.RooftopDataset([tile], config, train=True)[1, 0][2]
-            assert problem == ("", "")
-        else:
-            assert len(faults) == 1 and faults[0].file in map(str, files) and faults[0].detail
-        counts[bool(tile)] = counts.get(bool(tile), 0) + 1
+            tiles, faults = inspect(nb, files, config)
+            for tile in tiles:
+                problem = nb.RooftopDataset([tile], config, train=True)[1, 0][2]
+                assert problem == ("", "")
+        assert all(fault.file in map(str, files) and fault.detail for fault in faults)
+        assert bool(tiles) != ("left out" in [fault.action for fault in faults])
+        counts[bool(tiles)] = counts.get(bool(tiles), 0) + 1
         if broken != pair[which]:
             broken.unlink()
         else:
@@ -154,17 +189,27 @@ def test_mutated_images_and_labels_give_a_tile_or_a_named_fault(nb, settings, pa
 
 
 def test_mutated_checkpoints_are_loaded_or_named(nb, settings):
-    path, rng = small_checkpoint(nb, nb.make_config(**settings | {"encoder_name": "mobilenet_v2"})), random.Random(0)
+    config, rng = nb.make_config(**settings | {"encoder_name": "mobilenet_v2"}), random.Random(0)
+    path, names = small_checkpoint(nb, config), ["a", "b"]
     state = torch.load(path, weights_only=True)
     torch.save(state | {"model": {}}, path)  # mostly head
     small = path.read_bytes()
     for _ in range(300):
         path.write_bytes(mutate(small, rng))
-        only(ValueError, lambda: nb.load_model(path, CPU, {}))
+        only(ValueError, lambda: nb.load_model(path, CPU))
     for value in (None, 5, "x", [], {}, torch.ones(3), [["a"]], {"a": 1}):
-        for name in ("config", "class_names", "model", "format", "history", "optimizer", "precision"):
+        for name in (
+            "config",
+            "class_names",
+            "model",
+            "format",
+            "history",
+            "optimizer",
+            "precision",
+        ):
             torch.save(state | {"model": {}} | {name: value}, path)
-            assert only(ValueError, lambda: nb.load_model(path, CPU, {"class_names": ["a", "b"]})) == "refused"
+            ending = only(ValueError, lambda: nb.load_model(path, CPU, class_names=names))
+            assert ending == "refused"
 
 
 def test_mutated_settings_are_accepted_or_named(nb, settings, tmp_path, monkeypatch):
@@ -189,7 +234,9 @@ def test_mutated_split_files_are_used_or_named(nb, settings, write_pair, tmp_pat
     path.write_text("{}")
     config = nb.make_config(**settings | {"split": str(path)})
     tiles, _ = nb.verify_dataset(config)
-    whole = b'{"train": ["images/images/a_0.png#0,0,9,9"], "val": ["images/images/a_2.png"], "test": []}'
-    for content in [mutate(whole, rng) for _ in range(500)] + [b"[" * 100_000, b"null", b'{"train": 1}', b"\xff\xfe"]:
+    whole = b'{"train": ["images/images/a_0.png#0,0,9,9"], "val": ["images/images/a_2.png"], '
+    whole += b'"test": []}'
+    odd = [b"[" * 100_000, b"null", b'{"train": 1}', b"\xff\xfe"]
+    for content in [mutate(whole, rng) for _ in range(500)] + odd:
         path.write_bytes(content)
         only(ValueError, lambda: nb.split_from_file(tiles, config))

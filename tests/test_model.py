@@ -20,7 +20,7 @@ CPU = torch.device("cpu")
 
 
 def test_default_model_has_the_true_number_of_parameters(nb, defaults):
-    model = nb.build_model(*(defaults[name] for name in ("architecture", "encoder_name", "num_classes")))
+    model = nb.build_model(nb.make_config(**defaults))
     assert sum(p.numel() for p in model.parameters()) == 26_677_842
     with torch.no_grad():
         assert model.eval()(torch.zeros(1, 3, 64, 64)).shape == (1, 2, 64, 64)
@@ -33,43 +33,58 @@ def resnet50():
     return torchvision.models.resnet50().state_dict()
 
 
+@pytest.fixture
+def untrained(nb, settings):
+    """A function that makes a model of an encoder, and the settings that name its weights."""
+
+    def make(encoder, weights):
+        config = nb.make_config(
+            **settings | {"encoder_name": encoder, "encoder_weights": str(weights)}
+        )
+        return nb.build_model(config), config
+
+    return make
+
+
 @pytest.mark.parametrize("suffix", [".pth", ".safetensors"])
-def test_weights_from_a_local_file(nb, tmp_path, resnet50, suffix):
+def test_weights_from_a_local_file(nb, untrained, tmp_path, resnet50, suffix):
     path = str(tmp_path / f"resnet50{suffix}")
     (save_file if suffix == ".safetensors" else torch.save)(resnet50, path)
-    model = nb.build_model("DeepLabV3Plus", "resnet50", 2)
+    model, config = untrained("resnet50", path)
     assert not torch.equal(model.encoder.layer4[2].conv3.weight, resnet50["layer4.2.conv3.weight"])
-    assert nb.load_encoder_weights(model, "resnet50", path) == path
+    assert nb.load_encoder_weights(model, config) == path
     own = model.encoder.state_dict()
-    assert all(torch.equal(own[name], value) for name, value in resnet50.items() if not name.startswith("fc."))
+    named = [name for name in resnet50 if not name.startswith("fc.")]
+    assert all(torch.equal(own[name], resnet50[name]) for name in named)
 
 
-def test_weights_of_another_encoder_are_refused(nb, tmp_path, resnet50):
+def test_weights_of_another_encoder_are_refused(nb, untrained, tmp_path, resnet50):
     path = str(tmp_path / "resnet50.pth")
     torch.save(resnet50, path)
-    model = nb.build_model("DeepLabV3Plus", "resnet18", 2)
     with pytest.raises(ValueError, match=r"resnet50\.pth.*does not fit resnet18"):
-        nb.load_encoder_weights(model, "resnet18", path)
+        nb.load_encoder_weights(*untrained("resnet18", path))
 
 
 @pytest.mark.parametrize("suffix", [".pth", ".safetensors"])
-def test_a_weights_file_that_is_none_is_named(nb, tmp_path, suffix):
+def test_a_weights_file_that_is_none_is_named(nb, untrained, tmp_path, suffix):
     path = tmp_path / f"weights{suffix}"
     path.write_bytes(b"this is not a weights file")
     with pytest.raises(ValueError, match=f"weights{suffix}"):
-        nb.load_encoder_weights(nb.build_model("DeepLabV3Plus", "resnet18", 2), "resnet18", str(path))
+        nb.load_encoder_weights(*untrained("resnet18", path))
 
 
-def test_without_the_hub_random_weights_and_a_loud_warning(nb, capsys):
+def test_without_the_hub_random_weights_and_a_loud_warning(nb, untrained, capsys):
     """Real: the hub's client runs with no cache and in offline mode."""
-    model = nb.build_model("DeepLabV3Plus", "resnet18", 2)
+    model, config = untrained("resnet18", "imagenet")
     before = {name: value.clone() for name, value in model.encoder.state_dict().items()}
-    loaded = nb.load_encoder_weights(model, "resnet18", "imagenet")
+    loaded = nb.load_encoder_weights(model, config)
     if loaded == "imagenet":
         pytest.skip("the hub's cache on this machine holds the weights")
     assert loaded == "random (imagenet could not be fetched)"
     assert "WARNING" in (text := capsys.readouterr().out) and "RANDOM" in text
-    assert all(torch.equal(value, before[name]) for name, value in model.encoder.state_dict().items())
+    assert all(
+        torch.equal(value, before[name]) for name, value in model.encoder.state_dict().items()
+    )
 
 
 # ---- loss
@@ -112,69 +127,78 @@ def test_loss_is_fp32_and_passes_over_ignored_pixels(nb, half):
     assert loss(logits.bfloat16(), half).dtype == torch.float32
     hidden = half.clone()
     hidden[:, :, 8:] = nb.IGNORE_INDEX
-    assert loss(logits, hidden).item() == pytest.approx(loss(logits[..., :8], half[..., :8]).item(), rel=1e-5)
+    assert loss(logits, hidden).item() == pytest.approx(
+        loss(logits[..., :8], half[..., :8]).item(), rel=1e-5
+    )
 
 
 # ---- metrics
 
 
-def scored(nb, truth, guess, names):
-    return nb.scores(nb.confusion_matrix(torch.tensor(truth), torch.tensor(guess), len(names)), names)
+def scored(nb, truth, guess, classes=2):
+    return nb.pixel_metrics(nb.count_pixels(torch.tensor(truth), torch.tensor(guess), classes))
 
 
 @pytest.mark.parametrize("classes", [2, 3])
 def test_metrics_agree_with_scikit_learn(nb, classes):
     rng = np.random.default_rng(classes)
     truth, guess = rng.integers(0, classes, (2, 5000))
-    names = [f"c{i}" for i in range(classes)]
-    result = scored(nb, truth, guess, names)
+    result = scored(nb, truth, guess, classes)
     assert result["pixel_accuracy"] == pytest.approx(accuracy_score(truth, guess))
-    functions = {"iou": jaccard_score, "precision": precision_score, "recall": recall_score, "f1": f1_score}
+    functions = {
+        "iou": jaccard_score,
+        "precision": precision_score,
+        "recall": recall_score,
+        "f1": f1_score,
+    }
     for name, function in functions.items():
-        assert list(result[name].values()) == pytest.approx(function(truth, guess, average=None))
-    assert result["miou"] == pytest.approx(jaccard_score(truth, guess, average="macro"))
+        assert result[name] == pytest.approx(function(truth, guess, average=None))
+    ious = jaccard_score(truth, guess, average=None)
+    assert result["miou"] == pytest.approx(ious.mean())
+    assert result["roof_iou"] == pytest.approx(ious[1:].mean())
 
 
 def test_metrics_by_hand(nb):
-    result = scored(nb, [0, 0, 0, 0, 1, 1], [0, 0, 0, 1, 1, 0], ["background", "rooftop"])
-    assert result["iou"] == pytest.approx({"background": 3 / 5, "rooftop": 1 / 3})
-    assert result["precision"]["rooftop"] == result["recall"]["rooftop"] == result["f1"]["rooftop"] == 1 / 2
+    result = scored(nb, [0, 0, 0, 0, 1, 1], [0, 0, 0, 1, 1, 0])
+    assert result["iou"] == pytest.approx([3 / 5, 1 / 3])
+    assert [result[name][1] for name in ("precision", "recall", "f1")] == [1 / 2, 1 / 2, 1 / 2]
 
 
 def test_a_class_that_is_neither_there_nor_predicted_is_left_out(nb):
-    result = scored(nb, [0, 0], [0, 0], ["background", "rooftop"])
-    assert result["iou"] == {"background": 1.0} and result["miou"] == 1.0
-    assert nb.roof_iou(result, ["background", "rooftop"]) is None
+    result = scored(nb, [0, 0], [0, 0])
+    assert result["iou"] == pytest.approx([1, math.nan], nan_ok=True) and result["miou"] == 1
+    assert math.isnan(result["roof_iou"])
 
 
 def test_a_false_alarm_or_a_miss_alone_scores_zero_and_not_nan(nb):
     for truth, guess in (([0, 0], [0, 1]), ([0, 1], [0, 0])):
-        result = scored(nb, truth, guess, ["background", "rooftop"])
-        assert [result[name]["rooftop"] for name in ("iou", "precision", "recall", "f1")] == [0, 0, 0, 0]
+        result = scored(nb, truth, guess)
+        assert [result[name][1] for name in ("iou", "precision", "recall", "f1")] == [0, 0, 0, 0]
 
 
 def test_ignored_pixels_do_not_count(nb):
-    result = scored(nb, [0, 1, nb.IGNORE_INDEX], [0, 1, 0], ["background", "rooftop"])
-    assert result["iou"] == {"background": 1.0, "rooftop": 1.0}
+    result = scored(nb, [0, 1, nb.IGNORE_INDEX], [0, 1, 0])
+    assert result["iou"].tolist() == [1, 1]
 
 
 def test_counts_are_added_up_before_they_are_divided(nb):
-    score = nb.RunningScore(["background", "rooftop"], CPU)
-    empty, roof = torch.zeros(1, 4, 4, dtype=torch.long), torch.ones(1, 4, 4, dtype=torch.long)
-    noisy = empty.clone()
+    totals = nb.Totals(2, CPU)
+    empty = torch.zeros(1, 4, 4, dtype=torch.long)
+    noisy, roofs = empty.clone(), torch.ones(3, 4, 4, dtype=torch.long)
     noisy[0, 0] = 1
-    score.add(torch.tensor(1.0), logits_for(noisy), empty)  # 4 false alarms
-    score.add(torch.tensor(2.0), logits_for(torch.cat([roof] * 3)), torch.cat([roof] * 3))  # 48 hits
-    result = score.result()
-    assert result["roof_iou"] == pytest.approx(48 / 52) and result["loss"] == pytest.approx((1 + 3 * 2) / 4)
+    totals.add(torch.tensor(1.0), logits_for(noisy), empty)  # 4 false alarms
+    totals.add(torch.tensor(2.0), logits_for(roofs), roofs)  # 48 hits
+    result = totals.result()
+    assert result["iou"] == pytest.approx(48 / 52)
+    assert result["loss"] == pytest.approx((1 + 3 * 2) / 4)
 
 
 def test_false_alarms_without_any_roof_give_no_roof_iou(nb):
     """Else a validation set without roofs would choose the first epoch with a false alarm."""
-    score = nb.RunningScore(["background", "rooftop"], CPU)
+    totals = nb.Totals(2, CPU)
     empty = torch.zeros(1, 4, 4, dtype=torch.long)
-    score.add(torch.tensor(1.0), logits_for(1 - empty), empty)
-    assert score.result()["roof_iou"] is None
+    totals.add(torch.tensor(1.0), logits_for(1 - empty), empty)
+    assert math.isnan(totals.result()["iou"])
 
 
 # ---- training
@@ -182,25 +206,24 @@ def test_false_alarms_without_any_roof_give_no_roof_iou(nb):
 
 @pytest.fixture
 def prepared(nb, settings, write_pair):
-    """Config, run, data sets and split names on eight small tiles."""
+    """Config, split, and the loaders of training and validation, on eight small tiles."""
     for i in range(8):
         write_pair(f"s{i}_{i}")
     config = nb.make_config(**settings | {"split": [0.5, 0.25, 0.25], "augmentation": "none"})
     tiles = nb.find_scenes(nb.verify_dataset(config)[0], config.group_by)
-    split, _ = nb.split_by_scene(tiles, config)
+    split, _ = nb.split_tiles(tiles, config)
     sets = {part: nb.RooftopDataset(split[part], config, part == "train") for part in nb.SPLITS}
-    names = {p: [tile.name for tile in split[p]] for p in nb.SPLITS}
-    return config, nb.start_run(config, CPU, "fp32"), sets, {"split": names, "files": ""}
+    return config, split, {part: nb.make_loader(sets[part], CPU) for part in ("train", "val")}
 
 
 @pytest.mark.parametrize("precision", ["fp32", "bf16"])
 def test_one_batch_can_be_learned_by_heart(nb, prepared, precision):
-    config, _, sets, _ = prepared
-    run, loss_fn = nb.start_run(config, CPU, precision), nb.CombinedLoss(0.6, 0.4)
-    first = nb.train_one_epoch(run, nb.make_loader(sets["train"], CPU), loss_fn, config)
+    config, _, loaders = prepared
+    run, loss_fn = nb.start_run(config, CPU, precision, {}), nb.CombinedLoss(0.6, 0.4)
+    first, _ = nb.train_one_epoch(run, loaders["train"], loss_fn)
     for _ in range(40):
-        last = nb.train_one_epoch(run, nb.make_loader(sets["train"], CPU), loss_fn, config)
-    assert last["loss"] < 0.15 * first["loss"] and last["roof_iou"] > 0.9
+        last, skipped = nb.train_one_epoch(run, loaders["train"], loss_fn)
+    assert last["loss"] < 0.15 * first["loss"] and last["iou"] > 0.9 and skipped == 0
 
 
 @pytest.mark.parametrize(
@@ -208,28 +231,28 @@ def test_one_batch_can_be_learned_by_heart(nb, prepared, precision):
     [("DeepLabV3Plus", "mit_b0"), ("DeepLabV3Plus", "efficientnet-b0"), ("Unet", "mobilenet_v2")],
 )
 def test_other_models_train_and_load(nb, prepared, architecture, encoder):
-    config, _, sets, names = prepared
+    config, split, _ = prepared
     config = replace(config, architecture=architecture, encoder_name=encoder, epochs=1)
-    run = nb.start_run(config, CPU, "bf16")
-    history = nb.fit(run, sets, nb.CombinedLoss(0.6, 0.4), config, names)
+    history = nb.fit(nb.start_run(config, CPU, "bf16", {}), split)
     assert math.isfinite(history[0]["train_loss"])
-    model, _ = nb.load_model(Path(config.save_dir) / nb.LAST_FILE, CPU, {})
+    model = nb.load_model(Path(config.save_dir) / nb.LAST_FILE, CPU)
     assert type(model).__name__ == architecture
 
 
 def test_fp16_trains_with_a_gradient_scaler(nb, prepared):
-    config, _, sets, _ = prepared
-    run = nb.start_run(config, CPU, "fp16")
+    config, _, loaders = prepared
+    run = nb.start_run(config, CPU, "fp16", {})
     before = run.model.segmentation_head[0].weight.detach().clone()
     assert run.scaler.is_enabled() and run.scaler.get_scale() > 1
     for _ in range(3):
-        result = nb.train_one_epoch(run, nb.make_loader(sets["train"], CPU), nb.CombinedLoss(0.6, 0.4), config)
-    assert math.isfinite(result["loss"]) and not torch.equal(before, run.model.segmentation_head[0].weight)
+        result, _ = nb.train_one_epoch(run, loaders["train"], nb.CombinedLoss(0.6, 0.4))
+    assert math.isfinite(result["loss"])
+    assert not torch.equal(before, run.model.segmentation_head[0].weight)
 
 
 def test_gradients_are_clipped(nb, prepared, monkeypatch):
-    config, run, sets, _ = prepared
-    norms = []
+    config, _, loaders = prepared
+    run, norms = nb.start_run(replace(config, gradient_clip=0.5), CPU, "fp32", {}), []
     step = run.optimizer.step
 
     def spy(*args, **kwargs):
@@ -237,35 +260,33 @@ def test_gradients_are_clipped(nb, prepared, monkeypatch):
         return step(*args, **kwargs)
 
     monkeypatch.setattr(run.optimizer, "step", spy)
-    nb.train_one_epoch(
-        run, nb.make_loader(sets["train"], CPU), nb.CombinedLoss(600, 400), replace(config, gradient_clip=0.5)
-    )
+    nb.train_one_epoch(run, loaders["train"], nb.CombinedLoss(600, 400))
     assert norms and all(norm <= 0.501 for norm in norms)
 
 
 def test_evaluation_changes_nothing(nb, prepared):
-    config, run, sets, _ = prepared
+    config, _, loaders = prepared
+    run, loss_fn = nb.start_run(config, CPU, "fp32", {}), nb.CombinedLoss(0.6, 0.4)
     before = {name: value.clone() for name, value in run.model.state_dict().items()}
-    loss_fn = nb.CombinedLoss(0.6, 0.4)
-    results = [nb.evaluate(run, nb.make_loader(sets["val"], CPU), loss_fn, config) for _ in range(2)]
+    results = [nb.evaluate(run, loaders["val"], loss_fn) for _ in range(2)]
     assert results[0] == results[1]
     assert all(torch.equal(value, before[name]) for name, value in run.model.state_dict().items())
 
 
 def test_same_seed_same_training(nb, prepared):
-    config, _, sets, _ = prepared
+    config, _, loaders = prepared
     weights = []
     for _ in range(2):
-        run = nb.start_run(config, CPU, "fp32")
-        nb.train_one_epoch(run, nb.make_loader(sets["train"], CPU), nb.CombinedLoss(0.6, 0.4), config)
+        run = nb.start_run(config, CPU, "fp32", {})
+        nb.train_one_epoch(run, loaders["train"], nb.CombinedLoss(0.6, 0.4))
         weights.append(run.model.state_dict())
     assert all(torch.equal(weights[0][name], weights[1][name]) for name in weights[0])
 
 
 @pytest.fixture
 def scripted(nb, prepared, monkeypatch):
-    """Run fit() on given validation results instead of real epochs; return history and learning rates."""
-    config, run, sets, names = prepared
+    """Run fit() on given validation results instead of real epochs; return the history."""
+    config, split, _ = prepared
 
     def play(losses, ious, **changes):
         results = iter(zip(losses, ious, strict=True))
@@ -273,11 +294,13 @@ def scripted(nb, prepared, monkeypatch):
 
         def validate(*_):
             loss, iou = next(results)
-            return same | {"loss": loss, "roof_iou": iou}
+            return same | {"loss": loss, "iou": iou}
 
-        monkeypatch.setattr(nb, "train_one_epoch", lambda *_: same | {"loss": 1.0, "roof_iou": 0.5, "skipped": 0})
+        trained = same | {"loss": 1.0, "iou": 0.5}
+        monkeypatch.setattr(nb, "train_one_epoch", lambda *_: (trained, 0))
         monkeypatch.setattr(nb, "evaluate", validate)
-        return nb.fit(run, sets, None, replace(config, epochs=len(losses), **changes), names)
+        config_of_run = replace(config, epochs=len(losses), **changes)
+        return nb.fit(nb.start_run(config_of_run, CPU, "fp32", {}), split)
 
     return play
 
@@ -293,8 +316,9 @@ def test_training_goes_on_while_loss_alone_gets_better(scripted):
 
 
 def test_no_roof_in_validation_leaves_the_loss_to_judge(nb, scripted, settings):
-    history = scripted([1.0, 0.8, 0.9, 0.9], [None] * 4, early_stopping_patience=2)
-    assert len(history) == 4 and nb.best_epoch(history, "iou") == 0 and nb.best_epoch(history, "loss") == 2
+    history = scripted([1.0, 0.8, 0.9, 0.9], [math.nan] * 4, early_stopping_patience=2)
+    assert len(history) == 4
+    assert nb.best_epoch(history, "iou") == 0 and nb.best_epoch(history, "loss") == 2
     assert not (Path(settings["save_dir"]) / nb.BEST_FILES["iou"]).exists()
     assert (Path(settings["save_dir"]) / nb.BEST_FILES["loss"]).exists()
 
@@ -305,7 +329,7 @@ def test_learning_rate_falls_on_a_plateau(scripted):
 
 
 def test_learning_rate_stops_at_its_floor(nb, prepared):
-    run = nb.start_run(replace(prepared[0], lr_patience=0, min_lr=3e-4), CPU, "fp32")
+    run = nb.start_run(replace(prepared[0], lr_patience=0, min_lr=3e-4), CPU, "fp32", {})
     rates = []
     for _ in range(5):
         run.scheduler.step(1.0)
@@ -324,53 +348,51 @@ def test_best_files_are_of_their_epochs(nb, scripted, settings):
 
 
 def test_checkpoint_round_trip_needs_no_network(nb, prepared, monkeypatch):
-    config, run, sets, names = prepared
-    config = replace(config, encoder_weights="imagenet")
-    history = nb.fit(run, sets, nb.CombinedLoss(0.6, 0.4), config, names)
+    config, split, _ = prepared
+    names = {part: [tile.name for tile in split[part]] for part in nb.SPLITS}
+    run = nb.start_run(config, CPU, "fp32", {"split": names, "files": "x"})
+    run.config = config = replace(config, encoder_weights="imagenet")
+    history = nb.fit(run, split)
     monkeypatch.setattr(
-        "segmentation_models_pytorch.encoders.hf_hub_download", lambda *a, **k: pytest.fail("asked the hub")
+        "segmentation_models_pytorch.encoders.hf_hub_download",
+        lambda *a, **k: pytest.fail("asked the hub"),
     )
     path = Path(config.save_dir) / nb.LAST_FILE
-    model, saved = nb.load_model(path, CPU, {})
-    own = run.model.state_dict()
+    model, saved, own = nb.load_model(path, CPU), nb.load_checkpoint(path), run.model.state_dict()
     assert all(torch.equal(value, own[name]) for name, value in model.state_dict().items())
     assert not model.training
-    keys = {
-        "format",
-        "model",
-        "config",
-        "class_names",
-        "epoch",
-        "metrics",
-        "precision",
-        "split",
-        "files",
-        "history",
-        "encoder_weights",
-        "versions",
-    }
-    assert keys | {"optimizer", "scheduler", "scaler"} == set(saved)
-    assert saved["config"] == json.loads(json.dumps(nb.asdict(config))) and saved["history"] == history
-    assert saved["split"] == names["split"] and saved["encoder_weights"] == "random" and saved["epoch"] == 2
+    keys = "format model config class_names epoch metrics precision split files history"
+    keys += " encoder_weights versions optimizer scheduler scaler"
+    assert set(keys.split()) == set(saved)
+    assert saved["config"] == json.loads(json.dumps(nb.asdict(config)))
+    assert saved["history"] == history
+    assert saved["split"] == names and saved["files"] == "x"
+    assert saved["encoder_weights"] == "random" and saved["epoch"] == 2
     assert not list(Path(config.save_dir).glob("*.part"))
 
 
+# ---- what a training step takes
+
+
 def test_memory_estimate_grows_with_the_batch(nb, settings):
-    model = nb.build_model("DeepLabV3Plus", "resnet18", 2)
-    small, large = (nb.training_memory(model, CPU, "fp32", batch, 64) for batch in (2, 8))
+    batches = {n: nb.make_config(**settings | {"batch_size": n}) for n in (4, 16)}
+    tables = [nb.try_model(config, CPU, ["fp32"]) for config in batches.values()]
+    small, large = (2**30 * table.loc["fp32", "GiB a batch"] for table in tables)
+    model = nb.build_model(batches[4])
     weights = nb.BYTES_A_WEIGHT * sum(p.numel() for p in model.parameters())
     assert large - weights == pytest.approx(4 * (small - weights)) and small > weights
 
 
 @pytest.mark.parametrize("precision", ["fp32", "bf16"])
-def test_memory_estimate_is_near_what_a_step_takes(nb, precision):
-    """Measured: the memory held between forward and backward, by the allocations that PyTorch reports."""
-    model = nb.build_model("DeepLabV3Plus", "resnet18", 2)
+def test_memory_estimate_is_near_what_a_step_takes(nb, settings, precision):
+    """Measured: the memory held between forward and backward, as PyTorch reports allocations."""
+    model = nb.build_model(nb.make_config(**settings))
     images = torch.randn(4, 3, 128, 128).to(memory_format=torch.channels_last)
     with torch.profiler.profile(profile_memory=True) as profile, nb.autocast(CPU, precision):
         model(images).float().sum()
         logits = model(images)  # what the second forward holds is still held when the profile ends
     held = sum(event.self_cpu_memory_usage for event in profile.key_averages())
-    optimizing = (18 if precision == "fp32" else 16) * sum(p.numel() for p in model.parameters())  # no copy in fp32
-    estimate = nb.training_memory(model, CPU, precision, 4, 128) - optimizing
-    assert logits.requires_grad and 0.8 < estimate / held < 1.25
+    seconds, kept = nb.step_cost(model, precision, images)
+    copy = 0 if precision == "fp32" else nb.BYTES_A_WEIGHT - 16  # bytes a weight
+    estimate = len(images) * kept + copy * sum(p.numel() for p in model.parameters())
+    assert logits.requires_grad and 0.8 < estimate / held < 1.25 and seconds > 0

@@ -34,12 +34,16 @@ PROSE = [cell for cell in CELLS if cell.cell_type == "markdown"]
 
 def ruff(*words: str) -> subprocess.CompletedProcess:
     """Run ruff in the repository's root."""
-    return subprocess.run([sys.executable, "-m", "ruff", *words], cwd=ROOT, capture_output=True, text=True)
+    return subprocess.run(
+        [sys.executable, "-m", "ruff", *words], cwd=ROOT, capture_output=True, text=True
+    )
 
 
 def code_lines(cell: nbformat.NotebookNode) -> int:
     """Lines of a cell that are neither blank nor comments."""
-    return sum(bool(line.strip()) and not line.strip().startswith("#") for line in cell.source.splitlines())
+    return sum(
+        bool(line.strip()) and not line.strip().startswith("#") for line in cell.source.splitlines()
+    )
 
 
 def test_stored_clean():
@@ -64,13 +68,20 @@ def test_no_heading_level_is_skipped():
 
 def test_contents_link_to_the_sections():
     links = re.findall(r"\(#([^)]+)\)", CELLS[0].source)
-    heads = {line.lstrip("# ").replace(" ", "-") for c in PROSE for line in c.source.splitlines() if line[:1] == "#"}
+    heads = {
+        line.lstrip("# ").replace(" ", "-")
+        for c in PROSE
+        for line in c.source.splitlines()
+        if line[:1] == "#"
+    }
     assert set(links) <= heads and len(links) >= len(SECTIONS)
 
 
 def test_one_import_cell_and_one_parameters_cell():
     imports = [
-        c.id for c in CODE if any(isinstance(n, ast.Import | ast.ImportFrom) for n in ast.walk(ast.parse(c.source)))
+        c.id
+        for c in CODE
+        if any(isinstance(n, ast.Import | ast.ImportFrom) for n in ast.walk(ast.parse(c.source)))
     ]
     assert imports == ["imports"]
     assert [c.id for c in CODE if "parameters" in c.metadata.get("tags", [])] == ["settings"]
@@ -86,7 +97,9 @@ def test_a_cell_defines_or_acts_and_fits_a_screen(cell):
 def test_budget():
     assert sum(map(code_lines, CODE)) <= 1860
     assert len(PROSE) >= 0.7 * len(CODE)
-    functions = [n for c in CODE for n in ast.walk(ast.parse(c.source)) if isinstance(n, ast.FunctionDef)]
+    functions = [
+        n for c in CODE for n in ast.walk(ast.parse(c.source)) if isinstance(n, ast.FunctionDef)
+    ]
     assert max(f.end_lineno - f.lineno + 1 for f in functions) <= 40
 
 
@@ -110,7 +123,11 @@ def test_forbidden(pattern):
 
 
 def test_readme_lists_every_setting_with_its_default(defaults):
-    rows = re.findall(r"^\| `(\w+)` \| `([^`]+)` \|", Path(ROOT / "README.md").read_text(encoding="utf-8"), flags=re.M)
+    rows = re.findall(
+        r"^\| `(\w+)` \| `([^`]+)` \|",
+        Path(ROOT / "README.md").read_text(encoding="utf-8"),
+        flags=re.M,
+    )
     assert {name: ast.literal_eval(value) for name, value in rows} == defaults
 
 

@@ -17,7 +17,9 @@ import nbtools
 # ---- in one process
 
 
-@pytest.mark.parametrize(("precision", "workers"), [("fp32", 0), ("fp32", 2), ("bf16", 0), ("fp16", 0)])
+@pytest.mark.parametrize(
+    ("precision", "workers"), [("fp32", 0), ("fp32", 2), ("bf16", 0), ("fp16", 0)]
+)
 def test_a_run_in_two_halves_is_the_same_as_one(start, settings, tmp_path, precision, workers):
     start(epochs=4, save_dir=str(tmp_path / "one"), precision=precision)[1]()
     start(epochs=2, save_dir=str(tmp_path / "two"), precision=precision, num_workers=workers)[1]()
@@ -36,7 +38,9 @@ def test_a_changed_setting_starts_a_new_run_and_is_named(start, settings, capsys
     assert kept.read_bytes() == old
 
 
-@pytest.mark.parametrize("change", [{"threshold": 0.4}, {"tta": False}, {"num_workers": 1}, {"resume": True}])
+@pytest.mark.parametrize(
+    "change", [{"threshold": 0.4}, {"tta": False}, {"num_workers": 1}, {"resume": True}]
+)
 def test_settings_that_do_not_matter_to_training_never_retrain(start, capsys, change):
     start()[1]()
     capsys.readouterr()
@@ -68,7 +72,9 @@ def test_a_resumed_run_keeps_its_precision(start):
     assert run.precision == "fp16" and run.scaler.is_enabled()
 
 
-@pytest.mark.parametrize("spoil", [lambda data: data[: len(data) // 2], lambda data: b"", lambda data: b"foreign" * 99])
+@pytest.mark.parametrize(
+    "spoil", [lambda data: data[: len(data) // 2], lambda data: b"", lambda data: b"foreign" * 99]
+)
 def test_a_last_checkpoint_that_cannot_be_read_is_kept_and_named(start, settings, spoil):
     start()[1]()
     path = Path(settings["save_dir"]) / "rooftop_last.pt"
@@ -82,7 +88,9 @@ def test_a_last_checkpoint_that_cannot_be_read_is_kept_and_named(start, settings
 
 
 @pytest.mark.parametrize("at", [0, 3, 5])
-def test_an_interrupt_falls_back_to_the_last_finished_epoch(nb, start, settings, tmp_path, monkeypatch, at, capsys):
+def test_an_interrupt_falls_back_to_the_last_finished_epoch(
+    nb, start, settings, tmp_path, monkeypatch, at, capsys
+):
     start(epochs=3, save_dir=str(tmp_path / "whole"))[1]()
     run, go = start(epochs=3, save_dir=str(tmp_path / "cut"))
     calls, forward = [], nb.forward
@@ -95,7 +103,9 @@ def test_an_interrupt_falls_back_to_the_last_finished_epoch(nb, start, settings,
 
     monkeypatch.setattr(nb, "forward", interrupting)
     history = go()
-    assert len(history) == at // 2 and f"{at // 2} finished epochs are kept" in capsys.readouterr().out
+    assert (
+        len(history) == at // 2 and f"{at // 2} finished epochs are kept" in capsys.readouterr().out
+    )
     assert len(go()) == 3  # the same cell once more
     assert same(state_of(tmp_path / "whole"), state_of(tmp_path / "cut"))
 
@@ -119,8 +129,12 @@ def test_a_run_cut_off_between_any_two_files_is_the_same(nb, start, tmp_path, mo
     assert same(state_of(tmp_path / "whole"), state_of(tmp_path / "cut"))
 
 
-@pytest.mark.parametrize(("epochs", "interrupted"), [(1, "start_run"), (2, "restore"), (2, "load_checkpoint")])
-def test_a_stop_button_pressed_twice_loses_nothing(nb, start, tmp_path, monkeypatch, epochs, interrupted):
+@pytest.mark.parametrize(
+    ("epochs", "interrupted"), [(1, "start_run"), (2, "restore"), (2, "load_checkpoint")]
+)
+def test_a_stop_button_pressed_twice_loses_nothing(
+    nb, start, tmp_path, monkeypatch, epochs, interrupted
+):
     start(epochs=3, save_dir=str(tmp_path / "whole"))[1]()
     _, go = start(epochs=3, save_dir=str(tmp_path / "cut"))
     calls, evaluate, original = [], nb.evaluate, getattr(nb, interrupted)
@@ -149,7 +163,11 @@ def test_a_last_checkpoint_that_fails_half_way_leaves_no_trace(nb, start, settin
     start(epochs=2)[1]()
     path = Path(settings["save_dir"]) / nb.LAST_FILE
     for part in ("optimizer", "model"):
-        torch.save(torch.load(tmp_path / "whole" / nb.LAST_FILE, weights_only=True) | {part: {"nonsense": 1}}, path)
+        torch.save(
+            torch.load(tmp_path / "whole" / nb.LAST_FILE, weights_only=True)
+            | {part: {"nonsense": 1}},
+            path,
+        )
         saved = torch.load(path, weights_only=True)
         torch.save(saved | {"config": saved["config"] | {"save_dir": settings["save_dir"]}}, path)
         run, go = start(epochs=2)
@@ -209,7 +227,9 @@ KEPT = "finished epochs are kept; run this cell again to go on"
 
 def test_after_the_stop_button_the_rest_of_the_notebook_works(tmp_path, small):
     out = tmp_path / "out"
-    stopped = run_notebook(tmp_path, small | {"save_dir": "out"}, lambda: epochs_done(out) >= 2, SIGINT)
+    stopped = run_notebook(
+        tmp_path, small | {"save_dir": "out"}, lambda: epochs_done(out) >= 2, SIGINT
+    )
     assert KEPT in nbtools.printed(stopped) and 2 <= epochs_done(out) < 10
     assert np.isfinite(json.loads((out / "metrics.json").read_text())["pixel_accuracy"])
 
@@ -217,6 +237,8 @@ def test_after_the_stop_button_the_rest_of_the_notebook_works(tmp_path, small):
 def test_after_the_stop_button_the_cell_can_be_run_again(tmp_path, small, undisturbed):
     """With a loader process, which the button stops as well: the end is as if nothing had been."""
     out = tmp_path / "out"
-    notebook = run_notebook(tmp_path, small | {"save_dir": "out"}, lambda: epochs_done(out) >= 2, SIGINT, again=True)
+    notebook = run_notebook(
+        tmp_path, small | {"save_dir": "out"}, lambda: epochs_done(out) >= 2, SIGINT, again=True
+    )
     assert KEPT in nbtools.printed(notebook)
     assert same(undisturbed, state_of(out))

@@ -20,7 +20,10 @@ QUICK = {"encoder_name": "resnet18", "encoder_weights": None}
 
 def pictures(notebook):
     """How many figures each cell drew."""
-    counts = {c.id: sum("image/png" in o.get("data", {}) for o in c.get("outputs", [])) for c in notebook.cells}
+    counts = {
+        c.id: sum("image/png" in o.get("data", {}) for o in c.get("outputs", []))
+        for c in notebook.cells
+    }
     return {cell: count for cell, count in counts.items() if count}
 
 
@@ -33,18 +36,32 @@ def test_sample_from_nothing(tmp_path):
     assert {path.name for path in folder.iterdir()} == FILES
     assert {path.name for path in tmp_path.iterdir()} == {"dataset", "saved_models"}
     assert pictures(notebook) == dict.fromkeys(
-        ["look-tiles", "look-augmented", "curves-run", "reliability-run", "show-random", "show-worst", "show-suspects"],
+        [
+            "look-tiles",
+            "look-augmented",
+            "curves-run",
+            "reliability-run",
+            "show-random",
+            "show-worst",
+            "show-suspects",
+        ],
         1,
     )
     metrics = json.loads((folder / "metrics.json").read_text())
     assert metrics["iou"]["rooftop"] >= 0.8
     low, high = metrics["intervals"]["iou"]["rooftop"]
     assert low < metrics["iou"]["rooftop"] < high and 0 < metrics["threshold"] < 1
-    assert metrics["object_f1"].keys() == {"rooftop"} and metrics["boundary_iou"].keys() == {"background", "rooftop"}
+    assert metrics["object_f1"].keys() == {"rooftop"} and metrics["boundary_iou"].keys() == {
+        "background",
+        "rooftop",
+    }
     split = json.loads((folder / "split.json").read_text())
     assert metrics["tiles"] == len(split["test"])
     saved = torch.load(folder / metrics["checkpoint"], weights_only=True)
-    assert saved["encoder_weights"] == "random" and saved["class_names"] == ["background", "rooftop"]
+    assert saved["encoder_weights"] == "random" and saved["class_names"] == [
+        "background",
+        "rooftop",
+    ]
     with open(folder / "history.csv", newline="") as file:
         rows = list(csv.DictReader(file))
     assert max(rows, key=lambda row: float(row["val_iou"]))["epoch"] == str(saved["epoch"])
@@ -52,27 +69,57 @@ def test_sample_from_nothing(tmp_path):
 
 def test_own_tiles_with_every_cell_run_twice(tmp_path, settings, write_pair):
     """Tiles with odd names, and a person who runs each cell twice: the same result, no stale state."""
-    names = ["plain", "new\nline", "-rf", "%s{0}", "a" * 150, "\udcff", "Dächer 屋根", "..", "'\"&;`", "CON"]
+    names = [
+        "plain",
+        "new\nline",
+        "-rf",
+        "%s{0}",
+        "a" * 150,
+        "\udcff",
+        "Dächer 屋根",
+        "..",
+        "'\"&;`",
+        "CON",
+    ]
     for i in range(20):
         write_pair(rf"{names[i // 2]}$\no${i // 2}_{i}", side=80)
     changes = {"root": settings["root"], "image_size": 64, "batch_size": 4, "epochs": 2} | QUICK
     changes |= {"large_images": "resize"}
     once = nbtools.run(nbtools.NOTEBOOK, tmp_path / "data", save_dir="once", **changes)
-    twice = nbtools.run(nbtools.NOTEBOOK, tmp_path / "data", save_dir="twice", twice=True, **changes)
-    results = [json.loads((tmp_path / "data" / name / "metrics.json").read_text()) for name in ("once", "twice")]
+    twice = nbtools.run(
+        nbtools.NOTEBOOK, tmp_path / "data", save_dir="twice", twice=True, **changes
+    )
+    results = [
+        json.loads((tmp_path / "data" / name / "metrics.json").read_text())
+        for name in ("once", "twice")
+    ]
     assert results[0] == results[1]
     assert {path.name for path in (tmp_path / "data" / "twice").iterdir()} == FILES
-    assert "16 usable images" in nbtools.printed(once) and "16 shrunk, 0 enlarged" in nbtools.printed(once)
+    assert "16 usable images" in nbtools.printed(
+        once
+    ) and "16 shrunk, 0 enlarged" in nbtools.printed(once)
     report = (tmp_path / "data" / "once" / "dataset_report.csv").read_text()
     assert r"\udcff$\no$5_10.png,unreadable" in report and r"..$\no$7_14.png,hidden file" in report
     assert len(re.findall(r"epoch +\d+ +\d+ s ", nbtools.printed(twice))) == 2  # trained once
     assert len(pictures(twice)) == 2 * len(pictures(once))
-    assert {"look-tiles", "look-augmented", "curves-run", "reliability-run", "show-random"} <= pictures(once).keys()
+    assert {
+        "look-tiles",
+        "look-augmented",
+        "curves-run",
+        "reliability-run",
+        "show-random",
+    } <= pictures(once).keys()
 
 
 def test_real_tiles_by_one_setting(tmp_path, real_tiles):
     """Real tiles: the notebook runs from verification to the pictures."""
-    small = {"image_size": 32, "large_images": "resize", "batch_size": 16, "epochs": 1, "tta": False} | QUICK
+    small = {
+        "image_size": 32,
+        "large_images": "resize",
+        "batch_size": 16,
+        "epochs": 1,
+        "tta": False,
+    } | QUICK
     notebook = nbtools.run(nbtools.NOTEBOOK, tmp_path, root=real_tiles, **small)
     text = nbtools.printed(notebook)
     assert re.search(r"beside a training tile: 9\d% in a random split, 0% in this one", text)
@@ -93,17 +140,32 @@ def test_three_classes_an_ignored_value_and_an_ensemble_of_two_encoders(tmp_path
         label[:4] = 7
         save(Path(settings["root"]) / settings["images_dir"] / f"s{i}_1.png", image)
         save(Path(settings["root"]) / settings["labels_dir"] / f"s{i}_1_label.png", label)
-    classes = {"class_names": ["ground", "roof", "pool"], "class_values": [0, 100, 200], "num_classes": 3}
-    small = {"root": settings["root"], "image_size": 64, "batch_size": 4, "epochs": 6, "split": [0.6, 0.2, 0.2]}
+    classes = {
+        "class_names": ["ground", "roof", "pool"],
+        "class_values": [0, 100, 200],
+        "num_classes": 3,
+    }
+    small = {
+        "root": settings["root"],
+        "image_size": 64,
+        "batch_size": 4,
+        "epochs": 6,
+        "split": [0.6, 0.2, 0.2],
+    }
     changes = classes | small | QUICK | {"ignore_value": 7}
     run_notebook(tmp_path, changes | {"save_dir": "one"})
     one = json.loads((tmp_path / "one" / "metrics.json").read_text())
-    assert set(one["iou"]) == {"ground", "roof", "pool"} and set(one["object_f1"]) == {"roof", "pool"}
+    assert set(one["iou"]) == {"ground", "roof", "pool"} and set(one["object_f1"]) == {
+        "roof",
+        "pool",
+    }
     assert one["threshold"] is None and min(one["iou"].values()) > 0.3
     changes |= {"encoder_name": "mobilenet_v2", "ensemble": ["one/rooftop_best_model_iou.pt"]}
     notebook = nbtools.run(nbtools.NOTEBOOK, tmp_path, save_dir="two", **changes)
     assert "the likeliest class wins" in nbtools.printed(notebook)
-    (table,) = [cell.outputs[-1].data["text/plain"] for cell in notebook.cells if cell.id == "threshold-run"]
+    (table,) = [
+        cell.outputs[-1].data["text/plain"] for cell in notebook.cells if cell.id == "threshold-run"
+    ]
     rows = ["the model alone", "with tta", "with the ensemble", "with both"]
     assert [row for row in rows if row in table] == rows
     two = json.loads((tmp_path / "two" / "metrics.json").read_text())
@@ -114,7 +176,9 @@ def test_a_split_without_test_tiles_stops_before_training(tmp_path, settings, wr
     for i in range(6):
         write_pair(f"a_{i}")
     names = [f"images/images/a_{i}.png" for i in range(6)]
-    (tmp_path / "split.json").write_text(json.dumps({"train": names[:4], "val": names[4:], "test": ["gone.png"]}))
+    (tmp_path / "split.json").write_text(
+        json.dumps({"train": names[:4], "val": names[4:], "test": ["gone.png"]})
+    )
     changes = {"root": settings["root"], "image_size": 64, "split": "split.json"} | QUICK
     with pytest.raises(
         Exception,

@@ -41,7 +41,10 @@ def test_boundary_counts_by_hand(nb):
     true = np.zeros((50, 50), bool)
     true[10:20, 10:20] = True  # the band is 1 pixel wide: an outline of 36 pixels
     assert nb.boundary_counts(true, true, None) == (36, 36)
-    assert nb.boundary_counts(true, np.roll(true, 1, 1), None) == (18, 54)  # top and bottom rows share 9 each
+    assert nb.boundary_counts(true, np.roll(true, 1, 1), None) == (
+        18,
+        54,
+    )  # top and bottom rows share 9 each
     assert nb.boundary_counts(true, ~np.ones_like(true), None) == (0, 36)
 
 
@@ -67,7 +70,11 @@ def test_objects_by_hand(nb):
     assert nb.object_counts(np.array(row) > 0, np.array(row) > 0) == (3, 3, 3)
     halves = np.array([[1, 1, 0, 0], [0, 0, 0, 0], [1, 1, 0, 0]]) > 0
     true = np.array([[1, 1, 1, 1]]) > 0
-    assert nb.object_counts(true, np.array([[1, 1, 0, 0]]) > 0) == (1, 1, 1)  # exactly 0.5 is a match
+    assert nb.object_counts(true, np.array([[1, 1, 0, 0]]) > 0) == (
+        1,
+        1,
+        1,
+    )  # exactly 0.5 is a match
     assert nb.object_counts(true, np.array([[1, 0, 0, 1]]) > 0) == (0, 1, 2)
     assert nb.object_counts(halves, ~halves & False) == (0, 2, 0)
     assert nb.object_counts(np.eye(3) > 0, np.eye(3) > 0) == (1, 1, 1)  # corners connect
@@ -76,9 +83,17 @@ def test_objects_by_hand(nb):
 def test_a_piece_has_one_partner_at_most(nb):
     true = np.zeros((4, 9), bool)
     true[:2, :4] = True
-    assert nb.object_counts(true, true | np.roll(true, 2, 0)) == (1, 1, 1)  # twice as large: IoU 0.5
+    assert nb.object_counts(true, true | np.roll(true, 2, 0)) == (
+        1,
+        1,
+        1,
+    )  # twice as large: IoU 0.5
     two = true | np.roll(true, 5, 1)
-    assert nb.object_counts(two, two | (np.arange(9) < 5)) == (0, 2, 1)  # two roofs predicted as one
+    assert nb.object_counts(two, two | (np.arange(9) < 5)) == (
+        0,
+        2,
+        1,
+    )  # two roofs predicted as one
 
 
 # ---- the scorecard
@@ -86,7 +101,9 @@ def test_a_piece_has_one_partner_at_most(nb):
 
 def score_of(nb, label, roof, threshold=0.5):
     """The counts of a tile from its label and the probability of roof."""
-    return nb.score_tile(label.astype(np.uint8), np.stack([1 - roof, roof]).astype(np.float32), threshold)
+    return nb.score_tile(
+        label.astype(np.uint8), np.stack([1 - roof, roof]).astype(np.float32), threshold
+    )
 
 
 def test_scorecard_by_hand(nb):
@@ -118,16 +135,24 @@ def test_ignored_pixels_count_nowhere(nb):
 def test_classes_that_do_not_occur_are_left_out(nb):
     empty = score_of(nb, np.zeros((8, 8)), np.zeros((8, 8)))
     card = nb.scorecard(empty, ["background", "rooftop"])
-    assert card["iou"] == {"background": 1.0} and card["object_f1"] == {} and card["roof_area_error"] is None
+    assert (
+        card["iou"] == {"background": 1.0}
+        and card["object_f1"] == {}
+        and card["roof_area_error"] is None
+    )
     assert card["boundary_iou"] == {"background": 1.0} and card["miou"] == 1.0
 
 
 def test_counts_of_a_set_are_added_before_they_are_divided(nb):
     tiles = [
-        score_of(nb, *(mask.astype(float) for mask in blobs(seed, share=share))) for seed, share in ((1, 0.5), (2, 0.1))
+        score_of(nb, *(mask.astype(float) for mask in blobs(seed, share=share)))
+        for seed, share in ((1, 0.5), (2, 0.1))
     ]
     card = nb.scorecard(nb.add_up(tiles), ["background", "rooftop"])
-    hits, union = (sum(of(tile.confusion) for tile in tiles) for of in (lambda c: c[1, 1], lambda c: c.sum() - c[0, 0]))
+    hits, union = (
+        sum(of(tile.confusion) for tile in tiles)
+        for of in (lambda c: c[1, 1], lambda c: c.sum() - c[0, 0])
+    )
     assert card["iou"]["rooftop"] == pytest.approx(hits / union)
     alone = [nb.scorecard(tile, ["background", "rooftop"])["iou"]["rooftop"] for tile in tiles]
     assert card["iou"]["rooftop"] != pytest.approx(np.mean(alone), abs=1e-3)
@@ -156,7 +181,9 @@ def test_threshold_from_the_histogram_is_the_best_of_all(nb, seed):
     roof = np.clip(0.3 * label + rng.uniform(0, 0.6, label.shape), 0, 1)
     histogram = score_of(nb, label.astype(float), roof).histogram
     roof = roof.astype(np.float32)
-    slow = [((roof >= k / 100) & label).sum() / ((roof >= k / 100) | label).sum() for k in range(100)]
+    slow = [
+        ((roof >= k / 100) & label).sum() / ((roof >= k / 100) | label).sum() for k in range(100)
+    ]
     assert nb.iou_by_threshold(histogram) == pytest.approx(slow, abs=2e-3)
     chosen = nb.best_threshold(histogram)
     assert slow[round(100 * chosen)] == pytest.approx(max(slow[1:]), abs=2e-3)
@@ -194,7 +221,9 @@ def test_views_are_turned_back_before_they_are_averaged(nb):
             view = images.rot90(turns, (2, 3)).flip(axes)
             slow = slow + Lopsided()(view).softmax(1).flip(axes).rot90(-turns, (2, 3)) / 8
     assert torch.allclose(averaged(images), slow, atol=1e-6)
-    assert torch.allclose(averaged(images.rot90(1, (2, 3))), averaged(images).rot90(1, (2, 3)), atol=1e-6)
+    assert torch.allclose(
+        averaged(images.rot90(1, (2, 3))), averaged(images).rot90(1, (2, 3)), atol=1e-6
+    )
     plain = nb.Predictor([Lopsided()], CPU, "fp32")
     assert torch.allclose(plain(images), Lopsided()(images).softmax(1))
     assert not torch.allclose(plain(images), averaged(images), atol=1e-2)
@@ -215,7 +244,9 @@ def test_a_checkpoint_of_other_classes_is_refused(nb, settings):
     file = str(Path(config.save_dir) / nb.BEST_FILES["iou"])
     model, _ = nb.load_model(Path(file), CPU, {"class_names": config.class_names})
     assert not model.training
-    with pytest.raises(ValueError, match=r"best_model_iou.pt has class_names = .*rooftop.* this run .*solar panel"):
+    with pytest.raises(
+        ValueError, match=r"best_model_iou.pt has class_names = .*rooftop.* this run .*solar panel"
+    ):
         nb.load_model(Path(file), CPU, {"class_names": ["background", "solar panel"]})
 
 
@@ -226,23 +257,32 @@ def test_intervals_agree_with_scipy(nb, settings):
     """Tiles of one size: pixel accuracy is a mean over tiles, which SciPy can bootstrap as well."""
     rng = np.random.default_rng(1)
     tiles = [
-        score_of(nb, np.zeros((10, 10)), (rng.random((10, 10)) < q).astype(float)) for q in rng.uniform(0, 0.6, 40)
+        score_of(nb, np.zeros((10, 10)), (rng.random((10, 10)) < q).astype(float))
+        for q in rng.uniform(0, 0.6, 40)
     ]
     accuracies = [tile.confusion[0, 0] / 100 for tile in tiles]
     found = nb.intervals(tiles, [0] * 40, nb.make_config(**settings))["pixel_accuracy"]
     expected = stats.bootstrap(
         [accuracies], np.mean, method="percentile", rng=np.random.default_rng(2)
     ).confidence_interval
-    assert found == pytest.approx(list(expected), abs=0.01) and found[0] < np.mean(accuracies) < found[1]
+    assert (
+        found == pytest.approx(list(expected), abs=0.01)
+        and found[0] < np.mean(accuracies) < found[1]
+    )
 
 
 def test_intervals_are_drawn_over_scenes_where_there_are_ten(nb, settings):
     """Four like tiles in each of ten scenes: tiles would pretend to know twice as much."""
     rng, config = np.random.default_rng(1), nb.make_config(**settings)
     shares = np.repeat(rng.uniform(0, 0.6, 10), 4)
-    tiles = [score_of(nb, np.zeros((10, 10)), (np.arange(100).reshape(10, 10) < 100 * q).astype(float)) for q in shares]
+    tiles = [
+        score_of(nb, np.zeros((10, 10)), (np.arange(100).reshape(10, 10) < 100 * q).astype(float))
+        for q in shares
+    ]
     wide = nb.intervals(tiles, np.repeat(range(10), 4).tolist(), config)["pixel_accuracy"]
-    narrow = nb.intervals(tiles, np.repeat(range(5), 8).tolist(), config)["pixel_accuracy"]  # five: over tiles
+    narrow = nb.intervals(tiles, np.repeat(range(5), 8).tolist(), config)[
+        "pixel_accuracy"
+    ]  # five: over tiles
     assert np.diff(wide) > 1.6 * np.diff(narrow)
     assert wide == nb.intervals(tiles, np.repeat(range(10), 4).tolist(), config)["pixel_accuracy"]
 
@@ -250,7 +290,10 @@ def test_intervals_are_drawn_over_scenes_where_there_are_ten(nb, settings):
 def test_intervals_have_the_names_of_the_scorecard(nb, settings):
     config = nb.make_config(**settings)
     tiles = [score_of(nb, *(mask.astype(float) for mask in blobs(seed))) for seed in range(6)]
-    card, ends = nb.scorecard(nb.add_up(tiles), config.class_names), nb.intervals(tiles, range(6), config)
+    card, ends = (
+        nb.scorecard(nb.add_up(tiles), config.class_names),
+        nb.intervals(tiles, range(6), config),
+    )
     for metric, value in card.items():
         pairs = (
             [(value[name], ends[metric][name]) for name in value]

@@ -26,7 +26,9 @@ def train(nb, config, split, device):
         "val": nb.RooftopDataset(split["val"], config),
     }
     names = {part: [tile.name for tile in tiles] for part, tiles in split.items()}
-    nb.fit(run, sets, nb.CombinedLoss(config.ce_weight, config.dice_weight), config, {"split": names})
+    nb.fit(
+        run, sets, nb.CombinedLoss(config.ce_weight, config.dice_weight), config, {"split": names}
+    )
     run.model, _ = nb.load_model(Path(config.save_dir) / nb.BEST_FILES["iou"], device, {})
     return run
 
@@ -34,7 +36,9 @@ def train(nb, config, split, device):
 def judge(nb, config, run, tiles):
     """Roof IoU on tiles, at the model's resolution and threshold 0.5."""
     loader = nb.make_loader(nb.RooftopDataset(tiles, config), run.device)
-    return nb.evaluate(run, loader, nb.CombinedLoss(config.ce_weight, config.dice_weight), config)["roof_iou"]
+    return nb.evaluate(run, loader, nb.CombinedLoss(config.ce_weight, config.dice_weight), config)[
+        "roof_iou"
+    ]
 
 
 def halves(nb, tiles, rng):
@@ -57,17 +61,34 @@ def main():
     words = parser.parse_args()
     nb = nbtools.load()
     device, rows = nb.pick_device(), []
-    fixed = {"root": words.root, "encoder_name": words.encoder, "encoder_weights": None, "large_images": "resize"}
-    fixed |= {"image_size": words.side, "batch_size": words.batch, "epochs": words.epochs, "split": [0.6, 0.2, 0.2]}
+    fixed = {
+        "root": words.root,
+        "encoder_name": words.encoder,
+        "encoder_weights": None,
+        "large_images": "resize",
+    }
+    fixed |= {
+        "image_size": words.side,
+        "batch_size": words.batch,
+        "epochs": words.epochs,
+        "split": [0.6, 0.2, 0.2],
+    }
     for seed in range(1, words.seeds + 1):
         runs, splits = {}, {}
         for group_by in (None, "auto"):
-            settings = nbtools.settings() | fixed | {"seed": seed, "group_by": group_by, "save_dir": tempfile.mkdtemp()}
+            settings = (
+                nbtools.settings()
+                | fixed
+                | {"seed": seed, "group_by": group_by, "save_dir": tempfile.mkdtemp()}
+            )
             config = nb.make_config(**settings)
             tiles = nb.find_scenes(nb.verify_dataset(config)[0], group_by)
             splits[group_by], _ = nb.split_by_scene(tiles, config)
             runs[group_by] = train(nb, config, splits[group_by], device)
-        own = [judge(nb, config, runs[group_by], splits[group_by]["test"]) for group_by in (None, "auto")]
+        own = [
+            judge(nb, config, runs[group_by], splits[group_by]["test"])
+            for group_by in (None, "auto")
+        ]
         rng, split = random.Random(seed), splits["auto"]
         known, judged = halves(nb, split["test"], rng)
         kept = rng.sample(split["train"], len(split["train"]) - len(known))
@@ -75,7 +96,9 @@ def main():
         leaky = train(nb, config, split | {"train": kept + known}, device)
         rows.append((*own, judge(nb, config, leaky, judged), unaware))
         print(f"seed {seed}: random split {own[0]:.3f}, by scene {own[1]:.3f};", end=" ")
-        print(f"{len(judged)} tiles with the rest of their scenes in training {rows[-1][2]:.3f}, without {unaware:.3f}")
+        print(
+            f"{len(judged)} tiles with the rest of their scenes in training {rows[-1][2]:.3f}, without {unaware:.3f}"
+        )
     means = [sum(column) / len(rows) for column in zip(*rows, strict=True)]
     print("means: " + ", ".join(f"{mean:.3f}" for mean in means))
 

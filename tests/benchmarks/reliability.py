@@ -28,7 +28,15 @@ from nbclient.exceptions import CellExecutionError, DeadKernelError
 sys.path.insert(0, str(Path(__file__).parents[1]))
 from faulty import picture, save
 from kernels import epochs_done, run_notebook, same, small_run, state_of
-from mutate import changed_settings, mutate, no_longer_than, only, pictures, small_checkpoint, with_right_sums
+from mutate import (
+    changed_settings,
+    mutate,
+    no_longer_than,
+    only,
+    pictures,
+    small_checkpoint,
+    with_right_sums,
+)
 
 import nbtools
 
@@ -90,7 +98,9 @@ def settle(folder, settings, whole, pending, counts):
         counts[name, "tried"] += number
         counts[name, "survived" if survived else "lost"] += number
     print(
-        "  " + ", ".join(f"{n} x {name}" for name, n in pending.items()), "survived" if survived else "LOST", flush=True
+        "  " + ", ".join(f"{n} x {name}" for name, n in pending.items()),
+        "survived" if survived else "LOST",
+        flush=True,
     )
     pending.clear()
     shutil.rmtree(folder / "out", ignore_errors=True)
@@ -99,13 +109,17 @@ def settle(folder, settings, whole, pending, counts):
 def disturbed_runs(nb, folder, settings, total, rng, counts):
     """Runs in one process, during which the disk fills up or steps go wrong; the disk has room again at the end."""
     cpu = torch.device("cpu")
-    config = nb.make_config(**nbtools.settings() | settings | {"num_workers": 0, "save_dir": str(folder / "m")})
+    config = nb.make_config(
+        **nbtools.settings() | settings | {"num_workers": 0, "save_dir": str(folder / "m")}
+    )
 
     def train(name, save_epoch=None, forward=None):
         here = nb.replace(config, save_dir=str(folder / name))
         tiles = nb.find_scenes(nb.verify_dataset(here)[0], "auto")
         split, _ = nb.split_by_scene(tiles, here)
-        sets = {part: nb.RooftopDataset(split[part], here, part == "train") for part in ("train", "val")}
+        sets = {
+            part: nb.RooftopDataset(split[part], here, part == "train") for part in ("train", "val")
+        }
         run, kept = nb.start_run(here, cpu, "fp32"), (nb.save_epoch, nb.forward)
         nb.save_epoch, nb.forward = save_epoch or kept[0], forward or kept[1]
         try:
@@ -120,7 +134,10 @@ def disturbed_runs(nb, folder, settings, total, rng, counts):
     original_save, original_forward = nb.save_epoch, nb.forward
     _, whole = train("alone")
     for number in range(total):
-        full = {epoch: rng.randrange(10, 60_000_000) for epoch in rng.sample(range(1, config.epochs + 1), 2)}
+        full = {
+            epoch: rng.randrange(10, 60_000_000)
+            for epoch in rng.sample(range(1, config.epochs + 1), 2)
+        }
 
         def save_epoch(run, *words, full=full):
             resource.setrlimit(resource.RLIMIT_FSIZE, (full.get(len(run.history), hard), hard))
@@ -186,7 +203,9 @@ def mutated_files(nb, folder, settings, total, rng, counts):
         content, broken = mutate(seeds[seed], rng), files[which].with_suffix(seed.suffix)
         broken.write_bytes(with_right_sums(content) if rng.random() < 0.5 else content)
         pair = tuple(broken if number == which else path for number, path in enumerate(files))
-        count(counts, "mutated image" if which == 0 else "mutated label", lambda pair=pair: look(pair))
+        count(
+            counts, "mutated image" if which == 0 else "mutated label", lambda pair=pair: look(pair)
+        )
         broken.unlink()
     path = small_checkpoint(nb, config)
     whole = path.read_bytes()
@@ -195,11 +214,17 @@ def mutated_files(nb, folder, settings, total, rng, counts):
     for _ in range(total // 8):
         path.write_bytes(mutate(whole if rng.random() < 0.3 else head, rng))
         count(
-            counts, "mutated checkpoint", lambda: only(ValueError, lambda: nb.load_model(path, torch.device("cpu"), {}))
+            counts,
+            "mutated checkpoint",
+            lambda: only(ValueError, lambda: nb.load_model(path, torch.device("cpu"), {})),
         )
     for _ in range(total // 4):
         changed = changed_settings(settings, rng)
-        count(counts, "mutated settings", lambda changed=changed: only(ValueError, lambda: nb.make_config(**changed)))
+        count(
+            counts,
+            "mutated settings",
+            lambda changed=changed: only(ValueError, lambda: nb.make_config(**changed)),
+        )
 
 
 def main():
@@ -219,7 +244,10 @@ def main():
             before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
             mutated_files(nb, folder / "fuzz", settings, words.files, rng, counts)
             grown = (resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before) / 1024
-            print(f"mutated files: {time.time() - started:.0f} s, memory grew by {grown:.0f} MiB", flush=True)
+            print(
+                f"mutated files: {time.time() - started:.0f} s, memory grew by {grown:.0f} MiB",
+                flush=True,
+            )
         if words.runs:
             with contextlib.redirect_stdout(io.StringIO()):
                 disturbed_runs(nb, folder / "runs", settings, words.runs, rng, counts)
@@ -227,11 +255,15 @@ def main():
         for total, number in ((words.kills, signal.SIGKILL), (words.stops, signal.SIGINT)):
             if total:
                 kill_kernels(folder, settings, total, number, rng, counts)
-    print(f"\n{time.time() - started:.0f} s\n\n| fault | tried | survived | lost |\n|---|---|---|---|")
+    print(
+        f"\n{time.time() - started:.0f} s\n\n| fault | tried | survived | lost |\n|---|---|---|---|"
+    )
     for name in dict.fromkeys(name for name, _ in counts):
         tried, survived, lost = (counts[name, kind] for kind in ("tried", "survived", "lost"))
         ways = (
-            f" ({counts[name, 'accepted']} used, {counts[name, 'refused']} refused)" if counts[name, "refused"] else ""
+            f" ({counts[name, 'accepted']} used, {counts[name, 'refused']} refused)"
+            if counts[name, "refused"]
+            else ""
         )
         print(f"| {name} | {tried:,} | {survived:,}{ways} | {lost} |")
     sys.exit(bool(sum(n for (_, kind), n in counts.items() if kind == "lost")))

@@ -68,7 +68,11 @@ def main():
         parser.add_argument(f"--{name}", type=int, default=value)
     words = parser.parse_args()
     nb, scratch = nbtools.load(), tempfile.mkdtemp()
-    settings = nbtools.settings() | {"root": words.root or scratch, "save_dir": scratch, "encoder_weights": None}
+    settings = nbtools.settings() | {
+        "root": words.root or scratch,
+        "save_dir": scratch,
+        "encoder_weights": None,
+    }
     config = nb.make_config(**settings | {"batch_size": words.batch, "image_size": words.side})
     if not words.root:
         nb.write_sample(config)
@@ -86,14 +90,19 @@ def main():
     batch = (images.to(device, memory_format=torch.channels_last), labels.to(device))
     run.history.append({"epoch": 1, "val_loss": 1.0, "val_iou": 0.5})
     steps = len(loader)
-    print(f"{len(tiles)} tiles, {steps} batches of {words.batch} a round, {words.side} px, {device}, {precision}")
+    print(
+        f"{len(tiles)} tiles, {steps} batches of {words.batch} a round, {words.side} px, {device}, {precision}"
+    )
     nb.train_one_epoch(run, loader, loss_fn, config)  # warm-up: processes start, kernels are chosen
     bare_steps(nb, run, batch, 2, loss_fn)
     rows = []
     for _ in range(words.rounds):
         notebook = timed(lambda: nb.train_one_epoch(run, loader, loss_fn, config), device)
         bare = timed(lambda: bare_steps(nb, run, batch, steps, loss_fn), device)
-        slow = timed(lambda: plain_epoch(plain.model, plain.optimizer, train, words.batch, loss_fn, device), device)
+        slow = timed(
+            lambda: plain_epoch(plain.model, plain.optimizer, train, words.batch, loss_fn, device),
+            device,
+        )
         validation = timed(lambda: nb.evaluate(run, held_out, loss_fn, config), device)
         saving = timed(lambda: nb.save_epoch(run, replace(config), {}, {"iou", "loss"}), device)
         rows.append((notebook, bare, slow, validation, saving))
@@ -107,7 +116,9 @@ def main():
     whole = [(row[0] + row[3] + row[4]) for row in rows]
     for i, name in ((3, "validation"), (4, "checkpoints (last and both best)")):
         share = statistics.median(row[i] / total for row, total in zip(rows, whole, strict=True))
-        print(f"{name}: {share:.1%} of an epoch of {len(tiles)} training and {len(held_out.dataset)} validation tiles")
+        print(
+            f"{name}: {share:.1%} of an epoch of {len(tiles)} training and {len(held_out.dataset)} validation tiles"
+        )
 
 
 if __name__ == "__main__":
