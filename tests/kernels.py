@@ -17,16 +17,8 @@ from nbclient import NotebookClient
 import nbtools
 
 CHECKPOINTS = ("rooftop_last.pt", "rooftop_best_model_iou.pt", "rooftop_best_model_loss.pt")
-SKIPPED = (
-    "memory-run",
-    "step-run",
-    "loader-run",
-    "look-",
-    "loss-run",
-    "metrics-run",
-    "curves-run",
-    "show-",
-)
+SKIPPED = ("step-run", "loader-run", "look-", "loss-run", "metrics-run", "curves-run")
+SKIPPED += ("show-random", "show-worst", "show-suspects")
 
 
 def small_run(root: Path, epochs: int) -> dict:

@@ -337,32 +337,23 @@ def test_out_of_memory_names_the_settings_and_keeps_the_checkpoint(
     assert same(state_of(whole), state_of(Path(settings["save_dir"])))
 
 
-@pytest.mark.parametrize("kind", [OSError, ValueError, RuntimeError])
-def test_an_error_that_only_speaks_of_allocation_stays_what_it_is(nb, start, monkeypatch, kind):
-    error = kind("cannot read /mnt/land allocation/memory/allocate/s3_1.png")
-
-    def fail(*_):
-        raise error
-
+def test_an_error_that_only_speaks_of_memory_stays_what_it_is(nb, start, monkeypatch):
     run, go = start()
-    monkeypatch.setattr(nb, "forward", fail)
-    with pytest.raises(kind) as caught:
-        go()
-    assert caught.value is error and type(caught.value) is kind
+    path = "/mnt/land allocation/allocate memory/s3_1.png"
+    errors = [kind(f"cannot read {path}") for kind in (OSError, ValueError, RuntimeError)]
+    path = "/mnt/out of memory/not enough memory/shared memory/s3_1.png"
+    errors += [kind(f"cannot read {path}") for kind in (OSError, ValueError, KeyError)]
+    for error in errors:
 
+        def fail(*_, error=error):
+            raise error
 
-@pytest.mark.parametrize("kind", [OSError, ValueError])
-def test_a_path_named_like_a_lack_of_memory_is_none(nb, start, monkeypatch, kind):
-    error = kind("cannot read /mnt/out of memory/not enough memory/shared memory/s3_1.png")
-
-    def fail(*_):
-        raise error
-
-    run, go = start()
-    monkeypatch.setattr(nb, "forward", fail)
-    with pytest.raises(kind) as caught:
-        go()
-    assert caught.value is error and type(caught.value) is kind
+        text = str(error)
+        monkeypatch.setattr(nb, "forward", fail)
+        with pytest.raises(type(error)) as caught:
+            go()
+        assert caught.value is error and str(caught.value) == text
+        assert nb.advice(error, run.config) is None
 
 
 FULL = "unable to allocate shared memory(shm) for file </torch_1_2>: No space left on device (28)"
@@ -373,31 +364,25 @@ OTHERS = (  # how PyTorch says the same where it notices later
 )
 
 
-def assert_advice_on_shared_memory(go, cause):
-    with pytest.raises(RuntimeError, match="shared memory.* num_workers = 0") as caught:
-        go()
-    assert "batch_size" not in str(caught.value) and "out of memory" not in str(caught.value)
-    assert cause in str(caught.value.__cause__)
-
-
-@pytest.mark.parametrize("text", [FULL, *OTHERS])
-def test_full_shared_memory_names_the_setting_that_helps(
-    nb, start, settings, monkeypatch, whole, text
-):
-    train, epochs = nb.train_one_epoch, []
+def test_full_shared_memory_names_the_setting_that_helps(nb, start, settings, monkeypatch):
+    train = nb.train_one_epoch
 
     def fill(run, loader, loss_fn):
-        epochs.append(1)
-        if len(epochs) == 2:
-            raise RuntimeError(text)
+        if len(run.history) == 1:
+            raise RuntimeError(FULL)
         return train(run, loader, loss_fn)
 
-    run, go = start(epochs=3)
-    monkeypatch.setattr(nb, "train_one_epoch", fill)
-    assert_advice_on_shared_memory(go, text)
+    run, go = start()
+    with monkeypatch.context() as patch, pytest.raises(RuntimeError) as caught:
+        patch.setattr(nb, "train_one_epoch", fill)
+        go()
+    texts = [str(caught.value), *(nb.advice(RuntimeError(text), run.config) for text in OTHERS)]
+    for text in texts:
+        assert "shared memory" in text and "num_workers = 0" in text
+        assert "batch_size" not in text and "out of memory" not in text
+    assert str(caught.value.__cause__) == FULL
     assert torch.load(Path(settings["save_dir"]) / LAST, weights_only=True)["epoch"] == 1
-    assert len(go()) == 3
-    assert same(state_of(whole), state_of(Path(settings["save_dir"])))
+    assert len(go()) == 2
 
 
 def test_full_shared_memory_in_a_loader_process_is_told_as_well(nb, start, monkeypatch):
@@ -407,8 +392,11 @@ def test_full_shared_memory_in_a_loader_process_is_told_as_well(nb, start, monke
         raise RuntimeError(FULL)
 
     run, go = start(num_workers=1)
-    monkeypatch.setattr(nb, "read_tile", fill)
-    assert_advice_on_shared_memory(go, FULL)
+    monkeypatch.setattr(nb.RooftopDataset, "__getitem__", fill)
+    with pytest.raises(RuntimeError, match="shared memory.* num_workers = 0") as caught:
+        go()
+    assert "batch_size" not in str(caught.value)
+    assert "in DataLoader worker process" in str(caught.value.__cause__)
 
 
 # ---- tiles

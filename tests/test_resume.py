@@ -79,10 +79,8 @@ def test_a_last_checkpoint_that_cannot_be_read_is_kept_and_named(start, settings
     start()[1]()
     path = Path(settings["save_dir"]) / "rooftop_last.pt"
     path.write_bytes(spoil(path.read_bytes()))
-    with pytest.raises(
-        ValueError,
-        match=r"cannot go on: .*rooftop_last.pt was not loaded.*Move .*rooftop_last.pt away, or set resume = False",
-    ):
+    told = r"cannot go on; move .*rooftop_last.pt away, or set resume = False: .*was not loaded"
+    with pytest.raises(ValueError, match=told):
         start()[1]()
     assert path.exists() and not (Path(settings["save_dir"]) / "archive").exists()
 
@@ -129,30 +127,30 @@ def test_a_run_cut_off_between_any_two_files_is_the_same(nb, start, tmp_path, mo
     assert same(state_of(tmp_path / "whole"), state_of(tmp_path / "cut"))
 
 
-@pytest.mark.parametrize(
-    ("epochs", "interrupted"), [(1, "start_run"), (2, "restore"), (2, "load_checkpoint")]
-)
+@pytest.mark.parametrize(("epochs", "partly"), [(1, False), (2, False), (2, True)])
 def test_a_stop_button_pressed_twice_loses_nothing(
-    nb, start, tmp_path, monkeypatch, epochs, interrupted
+    nb, start, tmp_path, monkeypatch, epochs, partly
 ):
     start(epochs=3, save_dir=str(tmp_path / "whole"))[1]()
     _, go = start(epochs=3, save_dir=str(tmp_path / "cut"))
-    calls, evaluate, original = [], nb.evaluate, getattr(nb, interrupted)
+    calls, evaluate, restore = [], nb.evaluate, nb.restore
 
     def first(*words):
-        calls.append(1)
-        if len(calls) == epochs:
+        calls.append("evaluate")
+        if calls.count("evaluate") == epochs:
             raise KeyboardInterrupt
         return evaluate(*words)
 
-    def second(*words):
-        if interrupted != "load_checkpoint":
-            original(*words)
-        raise KeyboardInterrupt
+    def second(run):
+        if "evaluate" in calls and not partly:
+            raise KeyboardInterrupt
+        restore(run)
+        if "evaluate" in calls:
+            raise KeyboardInterrupt
 
     with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
         patch.setattr(nb, "evaluate", first)
-        patch.setattr(nb, interrupted, second)
+        patch.setattr(nb, "restore", second)
         go()
     assert len(go()) == 3
     assert same(state_of(tmp_path / "whole"), state_of(tmp_path / "cut"))
@@ -195,12 +193,39 @@ def undisturbed(tmp_path_factory, small):
     return state_of(folder / "out")
 
 
-def test_settings_changed_without_a_new_model_are_noticed(tmp_path, small):
-    """A person who edits the settings, runs that cell and the check, and then the training cell alone."""
-    change = "learning_rate = 0.5\nconfig = make_config(**{f.name: globals()[f.name] for f in fields(Config)})"
-    with pytest.raises(CellExecutionError, match="the settings have changed since section 7"):
+CHECK = "config = make_config(**{f.name: globals()[f.name] for f in fields(Config)})"
+MODEL = "run = start_run(config, device, precision_used, run.data)"
+
+
+@pytest.mark.parametrize(
+    ("change", "told"),
+    [
+        (f"learning_rate = 0.5\n{CHECK}", "learning_rate changed since section 7"),
+        (f'class_names = ["a", "b"]\n{CHECK}\n{MODEL}', "class_names changed since section 2"),
+        (f"image_size = 96\n{CHECK}\n{MODEL}", "image_size changed since section 2"),
+    ],
+)
+def test_changed_settings_whose_cells_were_not_run_are_noticed(tmp_path, small, change, told):
+    """A person who edits the settings, runs that cell, the check, and then only later ones."""
+    with pytest.raises(CellExecutionError, match=told):
         run_notebook(tmp_path, small | {"save_dir": "out"}, before_training=change)
     assert not list((tmp_path / "out").glob("*.pt"))
+
+
+def test_training_uses_the_settings_that_its_checkpoint_records(nb, start, monkeypatch):
+    """Other augmentation or batches need no new look at the data, only a new run."""
+    run, go = start(epochs=1)
+    run.config = nb.replace(run.config, augmentation="none", batch_size=3)
+    seen, batches = [], nb.batches
+
+    def watched(run, loader, *words):
+        seen.append((loader.batch_size, len(loader.dataset.augment.transforms)))
+        return batches(run, loader, *words)
+
+    monkeypatch.setattr(nb, "batches", watched)
+    go()
+    saved = torch.load(Path(run.config.save_dir) / nb.LAST_FILE, weights_only=True)["config"]
+    assert seen == [(3, 0), (3, 0)] and (saved["batch_size"], saved["augmentation"]) == (3, "none")
 
 
 def test_kills_at_any_moment_lose_nothing(tmp_path, small, undisturbed):
@@ -223,6 +248,32 @@ def test_kills_at_any_moment_lose_nothing(tmp_path, small, undisturbed):
 
 
 KEPT = "finished epochs are kept; run this cell again to go on"
+
+
+def test_the_stop_button_in_the_first_epoch_ends_without_an_error(nb, start, monkeypatch, capsys):
+    run, go = start(epochs=3)
+
+    def stopped(*words):
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr(nb, "forward", stopped)
+        assert go() == []
+    assert "stopped: 0 finished epochs are kept" in capsys.readouterr().out
+    assert len(go()) == 3
+
+
+def test_runs_are_compared_by_what_changed(nb, start, settings):
+    for rate in (1e-3, 2e-3):
+        run, go = start(epochs=1, learning_rate=rate)
+        go()
+        score = {"roof_iou": rate * 100, "intervals": {"roof_iou": [0.0, 1.0]}}
+        metrics = {"checkpoint": nb.LAST_FILE} | score
+        (Path(settings["save_dir"]) / "metrics.json").write_text(json.dumps(metrics))
+        time.sleep(0.05)
+    table = nb.compare_runs(Path(settings["save_dir"]))
+    assert table["roof IoU"].str.startswith(("0.100", "0.200")).all() and len(table) == 2
+    assert table["changed"].tolist() == ["", "learning_rate: 0.001 is now 0.002"]
 
 
 def test_after_the_stop_button_the_rest_of_the_notebook_works(tmp_path, small):

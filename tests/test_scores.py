@@ -1,7 +1,10 @@
 """Section 12: prediction, counts, threshold, scorecard, intervals, label suspects."""
 
+import json
+from dataclasses import replace
 from pathlib import Path
 
+import cv2
 import numpy as np
 import pytest
 import torch
@@ -9,6 +12,7 @@ from scipy import ndimage, stats
 from torch import nn
 
 CPU = torch.device("cpu")
+NAMES = ["background", "rooftop"]
 
 
 def blobs(seed, shape=(60, 90), share=0.3):
@@ -24,28 +28,24 @@ def blobs(seed, shape=(60, 90), share=0.3):
 
 @pytest.mark.parametrize("shape", [(60, 90), (256, 256), (5, 300), (1, 1)])
 def test_boundary_is_what_its_authors_define(nb, shape):
-    """Within 2 % of the diagonal of the outline, the picture's edge included: distances by SciPy."""
+    """Within 2 % of the diagonal of the outline, the picture's edge included: by SciPy."""
     true, predicted = blobs(1, shape)
-    for size in (None, 64):  # of windows of 64 pixels, their diagonal counts
-        width = max(1, round(0.02 * np.hypot(*(min(side, size or side) for side in shape))))
-        bands = []
-        for mask in (true, predicted):
-            depth = ndimage.distance_transform_cdt(np.pad(mask, 1), "chessboard")[1:-1, 1:-1]
-            bands.append(mask & (depth <= width))
-        assert np.array_equal(nb.boundary(true, width), bands[0])
-        counts = (bands[0] & bands[1]).sum(), (bands[0] | bands[1]).sum()
-        assert nb.boundary_counts(true, predicted, size) == counts
+    width = max(1, round(0.02 * np.hypot(*shape)))
+    bands = []
+    for mask in (true, predicted):
+        depth = ndimage.distance_transform_cdt(np.pad(mask, 1), "chessboard")[1:-1, 1:-1]
+        bands.append(mask & (depth <= width))
+    assert np.array_equal(nb.boundary(true, width), bands[0])
+    counts = (bands[0] & bands[1]).sum(), (bands[0] | bands[1]).sum()
+    assert nb.boundary_counts(true, predicted) == counts
 
 
 def test_boundary_counts_by_hand(nb):
     true = np.zeros((50, 50), bool)
     true[10:20, 10:20] = True  # the band is 1 pixel wide: an outline of 36 pixels
-    assert nb.boundary_counts(true, true, None) == (36, 36)
-    assert nb.boundary_counts(true, np.roll(true, 1, 1), None) == (
-        18,
-        54,
-    )  # top and bottom rows share 9 each
-    assert nb.boundary_counts(true, ~np.ones_like(true), None) == (0, 36)
+    assert nb.boundary_counts(true, true) == (36, 36)
+    assert nb.boundary_counts(true, np.roll(true, 1, 1)) == (18, 54)  # rows share 9 above, 9 below
+    assert nb.boundary_counts(true, ~np.ones_like(true)) == (0, 36)
 
 
 def slow_matches(true, predicted):
@@ -99,11 +99,22 @@ def test_a_piece_has_one_partner_at_most(nb):
 # ---- the scorecard
 
 
-def score_of(nb, label, roof, threshold=0.5):
-    """The counts of a tile from its label and the probability of roof."""
-    return nb.score_tile(
-        label.astype(np.uint8), np.stack([1 - roof, roof]).astype(np.float32), threshold
-    )
+def counts_of(nb, label, roof, threshold=0.5):
+    """The counts (8, 2) of a tile from its label and the probability of roof."""
+    probability = np.stack([1 - roof, roof]).astype(np.float32)
+    return nb.count_tile(label.astype(np.uint8), nb.classify(probability, threshold), 2)
+
+
+def histogram_of(nb, label, roof):
+    return nb.roof_histogram(label.astype(np.uint8), roof.astype(np.float32))
+
+
+def random_counts(nb, n=6):
+    """The counts of tiles with blobs, the roofs of the last two missed and not there: (N, 8, 2)."""
+    tiles = [counts_of(nb, *(mask.astype(float) for mask in blobs(seed))) for seed in range(n - 2)]
+    label = blobs(9)[0].astype(float)
+    tiles += [counts_of(nb, of, np.zeros_like(label)) for of in (label, np.zeros_like(label))]
+    return np.stack(tiles)
 
 
 def test_scorecard_by_hand(nb):
@@ -111,64 +122,93 @@ def test_scorecard_by_hand(nb):
     label[2:6, 2:6] = 1
     roof = np.zeros((10, 10))
     roof[2:6, 4:8] = 0.9  # half of the 16 pixels found, 8 false alarms
-    card = nb.scorecard(score_of(nb, label, roof), ["background", "rooftop"])
-    assert card["iou"]["rooftop"] == 8 / 24 and card["iou"]["background"] == 76 / 92
-    assert card["precision"]["rooftop"] == card["recall"]["rooftop"] == card["f1"]["rooftop"] == 0.5
+    card = nb.by_name(nb.scorecard(counts_of(nb, label, roof)), NAMES)
+    assert card["iou"] == {"rooftop": 8 / 24, "background": 76 / 92}
+    assert [card[name]["rooftop"] for name in ("precision", "recall", "f1")] == [0.5, 0.5, 0.5]
     assert card["pixel_accuracy"] == 84 / 100 and card["roof_area_error"] == 0
+    assert card["roof_iou"] == 8 / 24 and card["miou"] == pytest.approx((8 / 24 + 76 / 92) / 2)
     assert card["object_f1"] == {"rooftop": 0.0}  # IoU 1/3
     assert card["boundary_iou"]["rooftop"] == 4 / 20  # outlines of 12 pixels share two ends of 2
 
 
+def test_roof_area_error_tells_too_much_from_too_little(nb):
+    label, roof = np.zeros((10, 10)), np.zeros((10, 10))
+    label[:4], roof[:3] = 1, 1
+    assert nb.scorecard(counts_of(nb, label, roof))["roof_area_error"] == -1 / 4
+    assert nb.scorecard(counts_of(nb, roof, label))["roof_area_error"] == pytest.approx(1 / 3)
+
+
 def test_ignored_pixels_count_nowhere(nb):
     label, roof = (mask.astype(float) for mask in blobs(3))
-    whole = score_of(nb, label, roof)
-    ignored = label.copy()
+    whole, ignored, changed = counts_of(nb, label, roof), label.copy(), roof.copy()
     ignored[:, :30] = nb.IGNORE_INDEX
-    part = score_of(nb, ignored, roof)
-    changed = roof.copy()
     changed[:, :30] = 1 - changed[:, :30]
-    for counts, others in zip(part, score_of(nb, ignored, changed), strict=True):
-        assert np.array_equal(counts, others)
-    assert part.confusion.sum() == part.histogram.sum() == 60 * 60 < whole.confusion.sum()
+    part, histogram = counts_of(nb, ignored, roof), histogram_of(nb, ignored, roof)
+    assert np.array_equal(part, counts_of(nb, ignored, changed))
+    assert np.array_equal(histogram, histogram_of(nb, ignored, changed))
+    true, found = part[1:3].sum(1)
+    assert true == found == histogram.sum() == 60 * 60 < whole[1].sum()
 
 
 def test_classes_that_do_not_occur_are_left_out(nb):
-    empty = score_of(nb, np.zeros((8, 8)), np.zeros((8, 8)))
-    card = nb.scorecard(empty, ["background", "rooftop"])
-    assert (
-        card["iou"] == {"background": 1.0}
-        and card["object_f1"] == {}
-        and card["roof_area_error"] is None
-    )
+    empty = counts_of(nb, np.zeros((8, 8)), np.zeros((8, 8)))
+    card = nb.by_name(nb.scorecard(empty), NAMES)
+    assert card["iou"] == {"background": 1.0} and card["object_f1"] == {}
+    assert card["roof_area_error"] is None and card["roof_iou"] is None
     assert card["boundary_iou"] == {"background": 1.0} and card["miou"] == 1.0
 
 
+def test_by_name_leaves_out_what_there_is_not(nb):
+    """Of a class: its name. Of all classes: None. Alike for a figure and for both of its ends."""
+    gap = np.nan
+    metrics = {"iou": np.array([0.5, gap, 0]), "roof_iou": np.array(gap), "miou": np.array(0.25)}
+    plain = nb.by_name(metrics, ["ground", "roof", "water"])
+    assert plain == {"iou": {"ground": 0.5, "water": 0.0}, "roof_iou": None, "miou": 0.25}
+    ends = {"f1": np.array([[0.1, gap], [0.3, gap]]), "miou": np.array([0, 1.0])}
+    ends |= {"roof_area_error": np.array([gap, gap])}
+    plain |= nb.by_name(ends, NAMES)
+    assert plain["f1"] == {"background": [0.1, 0.3]} and plain["miou"] == [0, 1]
+    assert plain["roof_area_error"] is None
+    assert json.loads(json.dumps(plain, allow_nan=False)) == plain
+
+
 def test_counts_of_a_set_are_added_before_they_are_divided(nb):
-    tiles = [
-        score_of(nb, *(mask.astype(float) for mask in blobs(seed, share=share)))
-        for seed, share in ((1, 0.5), (2, 0.1))
-    ]
-    card = nb.scorecard(nb.add_up(tiles), ["background", "rooftop"])
-    hits, union = (
-        sum(of(tile.confusion) for tile in tiles)
-        for of in (lambda c: c[1, 1], lambda c: c.sum() - c[0, 0])
-    )
-    assert card["iou"]["rooftop"] == pytest.approx(hits / union)
-    alone = [nb.scorecard(tile, ["background", "rooftop"])["iou"]["rooftop"] for tile in tiles]
-    assert card["iou"]["rooftop"] != pytest.approx(np.mean(alone), abs=1e-3)
+    tiles, hits, union = [], 0, 0
+    for seed, share in ((1, 0.5), (2, 0.1)):
+        true, found = blobs(seed, share=share)
+        tiles.append(counts_of(nb, true, found.astype(float)))
+        hits, union = hits + (true & found).sum(), union + (true | found).sum()
+    iou = nb.scorecard(sum(tiles))["iou"][1]
+    assert iou == pytest.approx(hits / union)
+    alone = [nb.scorecard(tile)["iou"][1] for tile in tiles]
+    assert iou != pytest.approx(np.mean(alone), abs=1e-3)
+
+
+def test_scorecard_of_many_is_that_of_each(nb):
+    """Tiles with, without and with missed roofs, in any number of dimensions."""
+    counts = random_counts(nb)
+    cards, grid = nb.scorecard(counts), nb.scorecard(counts.reshape(2, 3, 8, 2))
+    for number, one in enumerate(counts):
+        card = nb.scorecard(one)
+        assert set(card) == set(cards) == set(grid)
+        for name, value in card.items():
+            np.testing.assert_array_equal(cards[name][number], value, name)
+            np.testing.assert_array_equal(grid[name][number // 3, number % 3], value, name)
+    assert np.isfinite(cards["roof_iou"][:-1]).all() and np.isnan(cards["roof_iou"][-1])
 
 
 def test_three_classes_are_scored_one_by_one(nb):
-    rng = np.random.default_rng(0)
+    rng, names = np.random.default_rng(0), ["ground", "roof", "water"]
     label, predicted = rng.integers(0, 3, (2, 40, 40))
     probability = np.eye(3)[predicted].transpose(2, 0, 1).astype(np.float32)
-    score = nb.score_tile(label.astype(np.uint8), probability, None)
-    card = nb.scorecard(score, ["ground", "roof", "water"])
-    for number, name in enumerate(["ground", "roof", "water"]):
+    counts = nb.count_tile(label.astype(np.uint8), nb.classify(probability, None), 3)
+    card = nb.by_name(nb.scorecard(counts), names)
+    for number, name in enumerate(names):
         one, other = label == number, predicted == number
         assert card["iou"][name] == pytest.approx((one & other).sum() / (one | other).sum())
     assert set(card["object_f1"]) == {"roof", "water"}
-    assert score.histogram[1].sum() == (label > 0).sum()
+    assert card["roof_iou"] == pytest.approx((card["iou"]["roof"] + card["iou"]["water"]) / 2)
+    assert histogram_of(nb, label, probability[1:].sum(0))[1].sum() == (label > 0).sum()
 
 
 # ---- the threshold
@@ -178,17 +218,15 @@ def test_three_classes_are_scored_one_by_one(nb):
 def test_threshold_from_the_histogram_is_the_best_of_all(nb, seed):
     rng = np.random.default_rng(seed)
     label, _ = blobs(seed)
-    roof = np.clip(0.3 * label + rng.uniform(0, 0.6, label.shape), 0, 1)
-    histogram = score_of(nb, label.astype(float), roof).histogram
-    roof = roof.astype(np.float32)
-    slow = [
-        ((roof >= k / 100) & label).sum() / ((roof >= k / 100) | label).sum() for k in range(100)
-    ]
+    roof = np.clip(0.3 * label + rng.uniform(0, 0.6, label.shape), 0, 1).astype(np.float32)
+    histogram = histogram_of(nb, label, roof)
+    masks = [roof >= k / 100 for k in range(100)]
+    slow = [(mask & label).sum() / (mask | label).sum() for mask in masks]
     assert nb.iou_by_threshold(histogram) == pytest.approx(slow, abs=2e-3)
     chosen = nb.best_threshold(histogram)
     assert slow[round(100 * chosen)] == pytest.approx(max(slow[1:]), abs=2e-3)
-    tile = score_of(nb, label.astype(float), roof, chosen)
-    assert nb.scorecard(tile, ["b", "r"])["iou"]["r"] == pytest.approx(max(slow[1:]), abs=2e-3)
+    iou = nb.scorecard(counts_of(nb, label, roof, chosen))["iou"][1]
+    assert iou == pytest.approx(max(slow[1:]), abs=2e-3)
 
 
 def test_of_equally_good_thresholds_the_middle_one(nb):
@@ -212,97 +250,194 @@ class Lopsided(nn.Module):
         return torch.stack([-slope, slope], 1)
 
 
-def test_views_are_turned_back_before_they_are_averaged(nb):
+class Moody(nn.Module):
+    """A model that calls every second window it meets roof, and the others not."""
+
+    def __init__(self):
+        super().__init__()
+        self.met = 0
+
+    def forward(self, images):
+        roof = (torch.arange(len(images)) + self.met) % 2 * 100.0 - 50
+        self.met += len(images)
+        mood = roof[:, None, None].expand(-1, *images.shape[2:])
+        return torch.stack([-mood, mood], 1)
+
+
+@pytest.fixture
+def predictor(nb, settings):
+    """A function that makes a predictor of models, on the CPU."""
+    config = nb.make_config(**settings)
+
+    def make(*models, batch_size=4, tta=False):
+        return nb.Predictor(list(models), replace(config, batch_size=batch_size), CPU, "fp32", tta)
+
+    return make
+
+
+@pytest.fixture
+def pixelwise():
+    """A model that answers each pixel by its colour alone."""
+    torch.manual_seed(1)
+    return nn.Conv2d(3, 2, 1)
+
+
+def picture(height, width):
+    return np.random.default_rng(height).integers(0, 256, (height, width, 3), np.uint8)
+
+
+def answer(nb, model, image):
+    """What a model says of an image (H, W, 3) as a whole: (2, H, W)."""
+    with torch.no_grad():
+        return model(nb.TO_TENSORS(image=image)["image"][None]).softmax(1)[0].numpy()
+
+
+def test_views_are_turned_back_before_they_are_averaged(predictor):
     images = torch.randn(2, 3, 16, 16)
-    averaged = nb.Predictor([Lopsided()], CPU, "fp32", tta=True)
+    averaged = predictor(Lopsided(), tta=True)
     slow = 0
     for turns in range(4):
         for axes in ((), (3,)):
             view = images.rot90(turns, (2, 3)).flip(axes)
             slow = slow + Lopsided()(view).softmax(1).flip(axes).rot90(-turns, (2, 3)) / 8
     assert torch.allclose(averaged(images), slow, atol=1e-6)
-    assert torch.allclose(
-        averaged(images.rot90(1, (2, 3))), averaged(images).rot90(1, (2, 3)), atol=1e-6
-    )
-    plain = nb.Predictor([Lopsided()], CPU, "fp32")
+    turned = averaged(images.rot90(1, (2, 3)))
+    assert torch.allclose(turned, averaged(images).rot90(1, (2, 3)), atol=1e-6)
+    plain = predictor(Lopsided())
     assert torch.allclose(plain(images), Lopsided()(images).softmax(1))
     assert not torch.allclose(plain(images), averaged(images), atol=1e-2)
 
 
-def test_an_ensemble_averages_probabilities(nb):
+def test_an_ensemble_averages_probabilities(predictor):
     images = torch.randn(1, 3, 16, 16)
     models = [Lopsided(1), Lopsided(4)]
-    alone = [nb.Predictor([model], CPU, "fp32")(images) for model in models]
-    assert torch.allclose(nb.Predictor(models, CPU, "fp32")(images), sum(alone) / 2)
+    alone = [predictor(model)(images) for model in models]
+    assert torch.allclose(predictor(*models)(images), sum(alone) / 2)
+
+
+@pytest.mark.parametrize("size", [32, 33, 64, 96, 250])
+@pytest.mark.parametrize("length", [1, 31, 32, 33, 64, 65, 100, 150, 1000, 2048])
+def test_the_weights_of_windows_add_up_to_one_at_every_pixel(nb, length, size):
+    total, tapers = np.zeros(max(length, size)), nb.tapers(length, size)
+    for start, weights in tapers:
+        assert weights.shape == (size,) and (weights > 0).all()
+        assert 0 <= start <= max(length - size, 0)
+        total[start : start + size] += weights  # ValueError for a window that sticks out
+    assert total == pytest.approx(np.ones_like(total), abs=1e-12)
+    starts = [start for start, _ in tapers]
+    assert starts == sorted(set(starts)) and (np.diff(starts) <= size - size // 4).all()
+    assert (len(tapers) == 1) == (length <= size)
+
+
+@pytest.mark.parametrize(("batch_size", "tta"), [(2, False), (4, False), (32, False), (16, True)])
+@pytest.mark.parametrize("shape", [(150, 100), (100, 150), (65, 64), (150, 40), (10, 200)])
+def test_blending_changes_no_answer_that_all_windows_share(
+    nb, predictor, pixelwise, shape, batch_size, tta
+):
+    """The outermost pixels included, and a side that is shorter than a window."""
+    image = picture(*shape)
+    found = predictor(pixelwise, batch_size=batch_size, tta=tta).predict(image, cut=True)
+    assert found.shape == (2, *shape)
+    np.testing.assert_allclose(found, answer(nb, pixelwise, image), rtol=0, atol=1e-6)
+
+
+def test_windows_that_disagree_are_blended_without_a_seam(predictor):
+    found = predictor(Moody()).predict(picture(64, 300), cut=True)
+    assert found[1, 32].min() < 0.01 and found[1, 32].max() > 0.99  # each has its say
+    assert abs(np.diff(found[1])).max() < 0.12  # hard edges would be steps of 1
+    assert found.sum(0) == pytest.approx(np.ones((64, 300)), abs=1e-6)
+
+
+@pytest.mark.parametrize("shape", [(40, 30), (1, 1), (64, 64), (150, 100)])
+def test_a_tile_seen_as_a_whole_is_answered_at_its_own_size(nb, predictor, pixelwise, shape):
+    """Smaller than a window or larger: resized to one, and the answer back."""
+    image, seen = picture(*shape), []
+    pixelwise.register_forward_hook(lambda _, inputs, __: seen.append(inputs[0].shape))
+    found = predictor(pixelwise).predict(image, cut=False)
+    assert found.shape == (2, *shape) and seen == [(1, 3, 64, 64)]
+    smooth = cv2.INTER_AREA if max(shape) > 64 else cv2.INTER_LINEAR
+    whole = answer(nb, pixelwise, cv2.resize(image, (64, 64), interpolation=smooth))
+    back = nn.functional.interpolate(torch.from_numpy(whole)[None], shape, mode="bilinear")[0]
+    np.testing.assert_allclose(found, back.numpy(), rtol=0, atol=1e-6)
+
+
+def test_a_small_tile_is_answered_where_its_roofs_are(predictor):
+    """A model that calls the bright pixels roof, on a tile whose bright part is known."""
+    model = nn.Conv2d(3, 2, 1)
+    nn.init.zeros_(model.bias)
+    with torch.no_grad():
+        model.weight.copy_(torch.tensor([-20.0, 20.0]).reshape(2, 1, 1, 1))
+    image = np.zeros((40, 30, 3), np.uint8)
+    image[10:30, 5:15] = 255
+    roof = predictor(model).predict(image, cut=False)[1]
+    assert (roof[11:29, 6:14] > 0.9).all() and (roof[10:30, 5:15] > 0.4).all()
+    outside = np.ones_like(roof, bool)
+    outside[9:31, 4:16] = False
+    assert (roof[outside] < 0.1).all()
 
 
 def test_a_checkpoint_of_other_classes_is_refused(nb, settings):
     config = nb.make_config(**settings)
-    run = nb.start_run(config, CPU, "fp32")
+    run = nb.start_run(config, CPU, "fp32", {})
     run.history.append({"epoch": 1, "val_loss": 1.0, "val_iou": 0.5})
-    nb.save_epoch(run, config, {}, {"iou"})
-    file = str(Path(config.save_dir) / nb.BEST_FILES["iou"])
-    model, _ = nb.load_model(Path(file), CPU, {"class_names": config.class_names})
-    assert not model.training
-    with pytest.raises(
-        ValueError, match=r"best_model_iou.pt has class_names = .*rooftop.* this run .*solar panel"
-    ):
-        nb.load_model(Path(file), CPU, {"class_names": ["background", "solar panel"]})
+    nb.finish_epoch(run, ["iou"])
+    file = Path(config.save_dir) / nb.BEST_FILES["iou"]
+    assert not nb.load_model(file, CPU, class_names=config.class_names).training
+    refusal = "best_model_iou.pt cannot be used: it has class_names = .*rooftop.* this run .*solar"
+    with pytest.raises(ValueError, match=refusal + " panel"):
+        nb.load_model(file, CPU, class_names=["background", "solar panel"])
 
 
 # ---- intervals
 
 
+def striped(nb, shares, change=np.copy):
+    """Counts (N, 8, 2) of roofless tiles with a share of false alarms."""
+    order = np.arange(100).reshape(10, 10) / 100
+    found = [(change(order) < share).astype(float) for share in shares]
+    return np.stack([counts_of(nb, np.zeros((10, 10)), roof) for roof in found])
+
+
 def test_intervals_agree_with_scipy(nb, settings):
     """Tiles of one size: pixel accuracy is a mean over tiles, which SciPy can bootstrap as well."""
     rng = np.random.default_rng(1)
-    tiles = [
-        score_of(nb, np.zeros((10, 10)), (rng.random((10, 10)) < q).astype(float))
-        for q in rng.uniform(0, 0.6, 40)
-    ]
-    accuracies = [tile.confusion[0, 0] / 100 for tile in tiles]
-    found = nb.intervals(tiles, [0] * 40, nb.make_config(**settings))["pixel_accuracy"]
+    counts = striped(nb, rng.uniform(0, 0.6, 40), lambda order: rng.random(order.shape))
+    accuracies = counts[:, 0, 0] / 100
+    found = nb.intervals(counts, [0] * 40, settings["seed"])["pixel_accuracy"]
     expected = stats.bootstrap(
         [accuracies], np.mean, method="percentile", rng=np.random.default_rng(2)
     ).confidence_interval
-    assert (
-        found == pytest.approx(list(expected), abs=0.01)
-        and found[0] < np.mean(accuracies) < found[1]
-    )
+    assert found == pytest.approx(list(expected), abs=0.01)
+    assert found[0] < np.mean(accuracies) < found[1]
 
 
 def test_intervals_are_drawn_over_scenes_where_there_are_ten(nb, settings):
     """Four like tiles in each of ten scenes: tiles would pretend to know twice as much."""
-    rng, config = np.random.default_rng(1), nb.make_config(**settings)
-    shares = np.repeat(rng.uniform(0, 0.6, 10), 4)
-    tiles = [
-        score_of(nb, np.zeros((10, 10)), (np.arange(100).reshape(10, 10) < 100 * q).astype(float))
-        for q in shares
-    ]
-    wide = nb.intervals(tiles, np.repeat(range(10), 4).tolist(), config)["pixel_accuracy"]
-    narrow = nb.intervals(tiles, np.repeat(range(5), 8).tolist(), config)[
-        "pixel_accuracy"
-    ]  # five: over tiles
+    counts = striped(nb, np.repeat(np.random.default_rng(1).uniform(0, 0.6, 10), 4))
+
+    def ends(*scenes):
+        return nb.intervals(counts, np.repeat(*scenes).tolist(), settings["seed"])["pixel_accuracy"]
+
+    wide, narrow = ends(range(10), 4), ends(range(5), 8)  # five scenes: over tiles
     assert np.diff(wide) > 1.6 * np.diff(narrow)
-    assert wide == nb.intervals(tiles, np.repeat(range(10), 4).tolist(), config)["pixel_accuracy"]
+    assert np.array_equal(wide, ends(range(10), 4))
 
 
 def test_intervals_have_the_names_of_the_scorecard(nb, settings):
-    config = nb.make_config(**settings)
-    tiles = [score_of(nb, *(mask.astype(float) for mask in blobs(seed))) for seed in range(6)]
-    card, ends = (
-        nb.scorecard(nb.add_up(tiles), config.class_names),
-        nb.intervals(tiles, range(6), config),
-    )
+    """They enclose its figures, and are missing where those are."""
+    counts = random_counts(nb)
+    ends = nb.intervals(counts, range(len(counts)), settings["seed"])
+    card = nb.scorecard(counts.sum(0))
+    assert set(card) == set(ends)
     for metric, value in card.items():
-        pairs = (
-            [(value[name], ends[metric][name]) for name in value]
-            if isinstance(value, dict)
-            else [(value, ends[metric])]
-        )
-        assert all(low <= figure <= high for figure, (low, high) in pairs)
-    roofless = [score_of(nb, np.zeros((8, 8)), np.zeros((8, 8)))] * 4
-    assert "roof_area_error" not in nb.intervals(roofless, range(4), config)
+        low, high = ends[metric]
+        assert np.shape(low) == np.shape(high) == np.shape(value)
+        there = np.isfinite(value)
+        assert np.array_equal(there, np.isfinite(low)) and np.array_equal(there, np.isfinite(high))
+        assert (low <= value)[there].all() and (value <= high)[there].all()
+    roofless = np.stack([counts_of(nb, np.zeros((8, 8)), np.zeros((8, 8)))] * 4)
+    ends = nb.by_name(nb.intervals(roofless, range(4), settings["seed"]), NAMES)
+    assert ends["roof_area_error"] is None and ends["iou"] == {"background": [1.0, 1.0]}
 
 
 # ---- label suspects
@@ -316,7 +451,8 @@ def test_suspects_are_whole_objects_over_which_a_sure_model_and_the_label_disagr
     roof[5:15, 40:50] = 0.7  # claimed without certainty
     roof[55:58, 50:53] = 0.99  # too small
     label[20:24, 40:55], roof[20:24, 40:55] = nb.IGNORE_INDEX, 0.99
-    found = sorted(nb.find_suspects("tile", label, np.stack([1 - roof, roof])))
-    assert [(s.pixels, s.box) for s in found] == [(100, (5, 5, 10, 10)), (120, (30, 30, 12, 10))]
-    assert ["no roof here?", "roof missing in the label?"] == [s.what for s in found]
-    assert [s.probability for s in found] == pytest.approx([0.02, 0.97])
+    found = sorted(nb.find_suspects("tile", label, roof), key=lambda suspect: suspect[3])
+    assert found == [
+        ("tile", "no roof? p = 0.02", (5, 5, 10, 10), 100),
+        ("tile", "roof not in label? p = 0.97", (30, 30, 12, 10), 120),
+    ]

@@ -9,6 +9,7 @@ the same weights, optimiser state, history and metrics as one that was left alon
 
 import argparse
 import contextlib
+import functools
 import io
 import os
 import random
@@ -64,7 +65,7 @@ def moments(out, rng, total):
 
 
 def kill_kernels(folder, settings, total, signal_number, rng, counts):
-    """Kill or interrupt kernels until the number is reached; each run that ends is compared with one left alone."""
+    """Kill or interrupt kernels a number of times; what ends is compared with a run left alone."""
     run_notebook(folder, settings | {"save_dir": "whole"})
     whole, out = state_of(folder / "whole"), folder / "out"
     word = "killed" if signal_number == signal.SIGKILL else "stopped"
@@ -97,54 +98,45 @@ def settle(folder, settings, whole, pending, counts):
     for name, number in pending.items():
         counts[name, "tried"] += number
         counts[name, "survived" if survived else "lost"] += number
-    print(
-        "  " + ", ".join(f"{n} x {name}" for name, n in pending.items()),
-        "survived" if survived else "LOST",
-        flush=True,
-    )
+    faults = ", ".join(f"{n} x {name}" for name, n in pending.items())
+    print(f"  {faults} {'survived' if survived else 'LOST'}", flush=True)
     pending.clear()
     shutil.rmtree(folder / "out", ignore_errors=True)
 
 
 def disturbed_runs(nb, folder, settings, total, rng, counts):
-    """Runs in one process, during which the disk fills up or steps go wrong; the disk has room again at the end."""
-    cpu = torch.device("cpu")
-    config = nb.make_config(
-        **nbtools.settings() | settings | {"num_workers": 0, "save_dir": str(folder / "m")}
-    )
+    """Runs in one process with a disk that is full for a while, or with steps that go wrong."""
+    cpu, here = torch.device("cpu"), {"num_workers": 0, "save_dir": str(folder / "m")}
+    config = nb.make_config(**nbtools.settings() | settings | here)
 
-    def train(name, save_epoch=None, forward=None):
+    def train(name, finish_epoch=None, forward=None):
         here = nb.replace(config, save_dir=str(folder / name))
         tiles = nb.find_scenes(nb.verify_dataset(here)[0], "auto")
-        split, _ = nb.split_by_scene(tiles, here)
-        sets = {
-            part: nb.RooftopDataset(split[part], here, part == "train") for part in ("train", "val")
-        }
-        run, kept = nb.start_run(here, cpu, "fp32"), (nb.save_epoch, nb.forward)
-        nb.save_epoch, nb.forward = save_epoch or kept[0], forward or kept[1]
+        split, _ = nb.split_tiles(tiles, here)
+        run = nb.start_run(here, cpu, "fp32", {"split": {}, "files": ""})
+        kept = nb.finish_epoch, nb.forward
+        nb.finish_epoch, nb.forward = finish_epoch or kept[0], forward or kept[1]
         try:
-            nb.fit(run, sets, nb.CombinedLoss(0.6, 0.4), here, {"split": {}, "files": ""})
+            nb.fit(run, split)
         finally:
-            nb.save_epoch, nb.forward = kept
+            nb.finish_epoch, nb.forward = kept
             resource.setrlimit(resource.RLIMIT_FSIZE, (hard, hard))
-        nb.write_files(run, here)
+        nb.write_files(run)
         return run, state_of(folder / name)
 
     hard = resource.getrlimit(resource.RLIMIT_FSIZE)[1]
-    original_save, original_forward = nb.save_epoch, nb.forward
+    original_finish, original_forward = nb.finish_epoch, nb.forward
     _, whole = train("alone")
     for number in range(total):
-        full = {
-            epoch: rng.randrange(10, 60_000_000)
-            for epoch in rng.sample(range(1, config.epochs + 1), 2)
-        }
+        epochs = rng.sample(range(1, config.epochs + 1), 2)
+        full = {epoch: rng.randrange(10, 60_000_000) for epoch in epochs}
 
-        def save_epoch(run, *words, full=full):
+        def finish_epoch(run, better, full=full):
             resource.setrlimit(resource.RLIMIT_FSIZE, (full.get(len(run.history), hard), hard))
-            original_save(run, *words)
+            original_finish(run, better)
             resource.setrlimit(resource.RLIMIT_FSIZE, (hard, hard))
 
-        _, state = train(f"full{number}", save_epoch)
+        _, state = train(f"full{number}", finish_epoch)
         outcome = "survived" if same(whole, state) else "lost"
         counts["disk full while an epoch is saved", "tried"] += len(full)
         counts["disk full while an epoch is saved", outcome] += len(full)
@@ -183,17 +175,20 @@ def mutated_files(nb, folder, settings, total, rng, counts):
     here = {"root": str(folder / "data"), "save_dir": str(folder / "m"), "num_workers": 0}
     settings = nbtools.settings() | settings | here
     config = nb.make_config(**settings)
-    files = [folder / "data/images/images/a_1.png", folder / "data/label/label/a_1_label.png"]
+    data, cpu = folder / "data", torch.device("cpu")
+    files = [data / "images/images/a_1.png", data / "label/label/a_1_label.png"]
     seeds = {path: path.read_bytes() for path in pictures(folder / "seeds")}
 
     def look(pair):
         with no_longer_than(60):
-            tile, faults = nb.inspect_pair(pair, config)
-            if not tile:
-                assert len(faults) == 1 and faults[0].detail and faults[0].file
-                return "refused"
-            nb.RooftopDataset([tile], config, train=True)[1, 0]
-            return "accepted"
+            found = nb.inspect_pair(pair, None, config)
+            faults = [one for one in found if isinstance(one, nb.Fault)]
+            tiles, noticed = nb.decide([one for one in found if isinstance(one, nb.Tile)], config)
+            assert all(fault.file and fault.detail for fault in faults + noticed)
+            assert bool(tiles) != ("left out" in [fault.action for fault in faults + noticed])
+            for tile in tiles:
+                assert nb.RooftopDataset([tile], config, train=True)[1, 0][2] == ("", "")
+            return "accepted" if tiles else "refused"
 
     for _ in range(total):
         for path, pixels in zip(files, picture("a"), strict=True):
@@ -202,10 +197,9 @@ def mutated_files(nb, folder, settings, total, rng, counts):
         seed, which = rng.choice(list(seeds)), rng.randrange(2)
         content, broken = mutate(seeds[seed], rng), files[which].with_suffix(seed.suffix)
         broken.write_bytes(with_right_sums(content) if rng.random() < 0.5 else content)
-        pair = tuple(broken if number == which else path for number, path in enumerate(files))
-        count(
-            counts, "mutated image" if which == 0 else "mutated label", lambda pair=pair: look(pair)
-        )
+        pair = tuple(str(broken if i == which else path) for i, path in enumerate(files))
+        name = "mutated image" if which == 0 else "mutated label"
+        count(counts, name, lambda pair=pair: look(pair))
         broken.unlink()
     path = small_checkpoint(nb, config)
     whole = path.read_bytes()
@@ -213,24 +207,18 @@ def mutated_files(nb, folder, settings, total, rng, counts):
     head = path.read_bytes()
     for _ in range(total // 8):
         path.write_bytes(mutate(whole if rng.random() < 0.3 else head, rng))
-        count(
-            counts,
-            "mutated checkpoint",
-            lambda: only(ValueError, lambda: nb.load_model(path, torch.device("cpu"), {})),
-        )
+        load = functools.partial(nb.load_model, path, cpu)
+        count(counts, "mutated checkpoint", functools.partial(only, ValueError, load))
     for _ in range(total // 4):
-        changed = changed_settings(settings, rng)
-        count(
-            counts,
-            "mutated settings",
-            lambda changed=changed: only(ValueError, lambda: nb.make_config(**changed)),
-        )
+        check = functools.partial(nb.make_config, **changed_settings(settings, rng))
+        count(counts, "mutated settings", functools.partial(only, ValueError, check))
 
 
 def main():
     """Inject, count and print."""
     parser = argparse.ArgumentParser()
-    for name, value in (("kills", 36), ("stops", 12), ("runs", 24), ("files", 20_000), ("seed", 0)):
+    numbers = {"kills": 36, "stops": 12, "runs": 24, "files": 20_000, "seed": 0}
+    for name, value in numbers.items():
         parser.add_argument(f"--{name}", type=int, default=value)
     words, counts = parser.parse_args(), Counter()
     rng, started = random.Random(words.seed), time.time()
@@ -244,10 +232,8 @@ def main():
             before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
             mutated_files(nb, folder / "fuzz", settings, words.files, rng, counts)
             grown = (resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before) / 1024
-            print(
-                f"mutated files: {time.time() - started:.0f} s, memory grew by {grown:.0f} MiB",
-                flush=True,
-            )
+            took = f"{time.time() - started:.0f} s, memory grew by {grown:.0f} MiB"
+            print(f"mutated files: {took}", flush=True)
         if words.runs:
             with contextlib.redirect_stdout(io.StringIO()):
                 disturbed_runs(nb, folder / "runs", settings, words.runs, rng, counts)
@@ -260,11 +246,8 @@ def main():
     )
     for name in dict.fromkeys(name for name, _ in counts):
         tried, survived, lost = (counts[name, kind] for kind in ("tried", "survived", "lost"))
-        ways = (
-            f" ({counts[name, 'accepted']} used, {counts[name, 'refused']} refused)"
-            if counts[name, "refused"]
-            else ""
-        )
+        used, refused = counts[name, "accepted"], counts[name, "refused"]
+        ways = f" ({used} used, {refused} refused)" if refused else ""
         print(f"| {name} | {tried:,} | {survived:,}{ways} | {lost} |")
     sys.exit(bool(sum(n for (_, kind), n in counts.items() if kind == "lost")))
 

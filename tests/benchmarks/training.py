@@ -1,6 +1,7 @@
 """How fast the notebook trains, beside the bare model step and beside a plain loop; prints figures.
 
-usage: python tests/benchmarks/training.py [path/to/tiles] [--tiles 64] [--batch 8] [--side 256] [--rounds 3]
+usage: python tests/benchmarks/training.py [path/to/tiles]
+           [--tiles 64] [--batch 8] [--side 256] [--rounds 3]
 
 Per round, on the same tiles, model and settings: (a) an epoch of the notebook's train_one_epoch, with
 reading, augmentation and running metrics, then a validation and a checkpoint, timed apart; (b) the
@@ -13,7 +14,6 @@ import statistics
 import sys
 import tempfile
 import time
-from dataclasses import replace
 from pathlib import Path
 
 import torch
@@ -44,8 +44,9 @@ def bare_steps(nb, run, batch, steps, loss_fn):
         run.scaler.update()
 
 
-def plain_epoch(model, optimizer, dataset, batch_size, loss_fn, device):
-    """What a first script does: decode in the main process, fp32, a metric read back at every step."""
+def plain_epoch(run, dataset, batch_size, loss_fn):
+    """What a first script does: decode in the main process, fp32, read back a metric every step."""
+    model, optimizer, device = run.model, run.optimizer, run.device
     model.train()
     order = torch.randperm(len(dataset)).tolist()
     for start in range(0, len(order) - batch_size + 1, batch_size):
@@ -68,43 +69,37 @@ def main():
         parser.add_argument(f"--{name}", type=int, default=value)
     words = parser.parse_args()
     nb, scratch = nbtools.load(), tempfile.mkdtemp()
-    settings = nbtools.settings() | {
-        "root": words.root or scratch,
-        "save_dir": scratch,
-        "encoder_weights": None,
-    }
-    config = nb.make_config(**settings | {"batch_size": words.batch, "image_size": words.side})
+    changes = {"root": words.root or scratch, "save_dir": scratch, "encoder_weights": None}
+    changes |= {"batch_size": words.batch, "image_size": words.side}
+    config = nb.make_config(**nbtools.settings() | changes)
     if not words.root:
         nb.write_sample(config)
     tiles = nb.verify_dataset(config)[0]
     tiles = tiles[:: max(1, len(tiles) // words.tiles)][: words.tiles]
     device = nb.pick_device()
-    precision, _ = nb.choose_precision("auto", device)
+    precision = nb.choose_precision("auto", device)
     train = nb.RooftopDataset(tiles, config, train=True)
     loader = nb.make_loader(train, device)
-    held_out = nb.make_loader(nb.RooftopDataset(tiles[: max(2, len(tiles) // 18)], config), device)
+    judged = nb.RooftopDataset(tiles[: max(2, len(tiles) // 18)], config)
+    held_out = nb.make_loader(judged, device)
     loss_fn = nb.CombinedLoss(config.ce_weight, config.dice_weight)
-    run, plain = nb.start_run(config, device, precision), nb.start_run(config, device, "fp32")
+    run, plain = (nb.start_run(config, device, name, {}) for name in (precision, "fp32"))
     plain.optimizer = torch.optim.AdamW(plain.model.parameters(), config.learning_rate)
     images, labels, _ = next(iter(loader))
     batch = (images.to(device, memory_format=torch.channels_last), labels.to(device))
     run.history.append({"epoch": 1, "val_loss": 1.0, "val_iou": 0.5})
     steps = len(loader)
-    print(
-        f"{len(tiles)} tiles, {steps} batches of {words.batch} a round, {words.side} px, {device}, {precision}"
-    )
-    nb.train_one_epoch(run, loader, loss_fn, config)  # warm-up: processes start, kernels are chosen
+    print(f"{len(tiles)} tiles, {steps} batches of {words.batch} a round,", end=" ")
+    print(f"{words.side} px, {device}, {precision}")
+    nb.train_one_epoch(run, loader, loss_fn)  # warm-up: processes start, kernels are chosen
     bare_steps(nb, run, batch, 2, loss_fn)
     rows = []
     for _ in range(words.rounds):
-        notebook = timed(lambda: nb.train_one_epoch(run, loader, loss_fn, config), device)
+        notebook = timed(lambda: nb.train_one_epoch(run, loader, loss_fn), device)
         bare = timed(lambda: bare_steps(nb, run, batch, steps, loss_fn), device)
-        slow = timed(
-            lambda: plain_epoch(plain.model, plain.optimizer, train, words.batch, loss_fn, device),
-            device,
-        )
-        validation = timed(lambda: nb.evaluate(run, held_out, loss_fn, config), device)
-        saving = timed(lambda: nb.save_epoch(run, replace(config), {}, {"iou", "loss"}), device)
+        slow = timed(lambda: plain_epoch(plain, train, words.batch, loss_fn), device)
+        validation = timed(lambda: nb.evaluate(run, held_out, loss_fn), device)
+        saving = timed(lambda: nb.finish_epoch(run, ["iou", "loss"]), device)
         rows.append((notebook, bare, slow, validation, saving))
         print("  " + "  ".join(f"{seconds:7.2f} s" for seconds in rows[-1]), flush=True)
     images_a_round = steps * words.batch
@@ -116,9 +111,8 @@ def main():
     whole = [(row[0] + row[3] + row[4]) for row in rows]
     for i, name in ((3, "validation"), (4, "checkpoints (last and both best)")):
         share = statistics.median(row[i] / total for row, total in zip(rows, whole, strict=True))
-        print(
-            f"{name}: {share:.1%} of an epoch of {len(tiles)} training and {len(held_out.dataset)} validation tiles"
-        )
+        print(f"{name}: {share:.1%} of an epoch of {len(tiles)} training", end=" ")
+        print(f"and {len(judged)} validation tiles")
 
 
 if __name__ == "__main__":
