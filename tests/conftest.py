@@ -5,6 +5,8 @@ from collections.abc import Callable
 from pathlib import Path
 from types import ModuleType
 
+os.environ.setdefault("OMP_NUM_THREADS", "1")  # small models: threads would wait for one another
+
 import matplotlib
 import numpy as np
 import pytest

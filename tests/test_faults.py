@@ -195,6 +195,7 @@ def test_what_nobody_needs_any_more_is_removed_and_nothing_else(nb, settings, wr
     mine = [
         "notes.txt",
         "my_tile.tif",
+        "my_film.part",
         "deep/other.part",
         "archive/old/rooftop_last.pt",
         "cache/read.me",
@@ -246,23 +247,16 @@ def test_a_step_without_finite_numbers_is_skipped_and_counted(
     nb, start, settings, monkeypatch, capsys, precision, value
 ):
     spoil_steps(nb, monkeypatch, lambda step: step == 0, value)
-    run, go = start(epochs=2, batch_size=2, precision=precision)
+    fp16 = precision == "fp16"  # its scale is still being found in the first two epochs
+    run, go = start(epochs=3 if fp16 else 2, batch_size=2, precision=precision)
     history = go()
     lines = [line for line in capsys.readouterr().out.splitlines() if "train loss" in line]
-    assert re.search(
-        "steps skipped: [123]$" if precision == "fp16" else "steps skipped: 1$", lines[0]
-    )
-    assert precision == "fp16" or "skipped" not in lines[1]
-    assert all(
-        torch.isfinite(tensor).all() for tensor in run.model.state_dict().values()
-    )  # statistics too
-    rows = (
-        history[1:] if precision == "fp16" else history
-    )  # in fp16 the first three steps may all be skipped
-    assert (
-        np.isfinite([row["train_loss"] for row in rows]).all()
-        and np.isfinite([row["val_loss"] for row in history]).all()
-    )
+    assert re.search("steps skipped: [123]$" if fp16 else "steps skipped: 1$", lines[0])
+    assert fp16 or "skipped" not in lines[1]
+    weights = run.model.state_dict().values()  # statistics too
+    assert all(torch.isfinite(tensor).all() for tensor in weights)
+    assert np.isfinite([row["train_loss"] for row in history[2 if fp16 else 0 :]]).all()
+    assert np.isfinite([row["val_loss"] for row in history]).all()
 
 
 def test_a_skipped_step_changes_nothing(nb, start, monkeypatch):

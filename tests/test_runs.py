@@ -33,8 +33,9 @@ def pictures(notebook):
     return {cell: count for cell, count in counts.items() if count}
 
 
-def test_sample_from_nothing(tmp_path):
+def test_sample_from_nothing(tmp_path, monkeypatch):
     """A person with no data: the sample, all files, all pictures, nothing outside its folders."""
+    monkeypatch.delenv("OMP_NUM_THREADS")  # the whole model is quicker on all cores
     notebook = nbtools.run(nbtools.NOTEBOOK, tmp_path, encoder_weights=None)
     text = nbtools.printed(notebook)
     assert "NO DATA FOUND" in text and "26,677,842 parameters" in text
