@@ -1,7 +1,9 @@
 """Model, weights, loss, metrics, training."""
 
+import gc
 import json
 import math
+import weakref
 from dataclasses import replace
 from pathlib import Path
 
@@ -396,3 +398,18 @@ def test_memory_estimate_is_near_what_a_step_takes(nb, settings, precision):
     copy = 0 if precision == "fp32" else nb.BYTES_A_WEIGHT - 16  # bytes a weight
     estimate = len(images) * kept + copy * sum(p.numel() for p in model.parameters())
     assert logits.requires_grad and 0.8 < estimate / held < 1.25 and seconds > 0
+
+
+def test_the_model_of_section_3_is_gone_when_its_costs_are_known(nb, settings, monkeypatch):
+    built, build = [], nb.build_model
+
+    def remembered(config):
+        model = build(config)
+        built.append(weakref.ref(model))
+        return model
+
+    monkeypatch.setattr(nb, "build_model", remembered)
+    costs = nb.try_model(nb.make_config(**settings), CPU, ["fp32", "bf16"])
+    assert list(costs.index) == ["fp32", "bf16"] and (costs > 0).all(axis=None)
+    gc.collect()
+    assert built and all(reference() is None for reference in built)
