@@ -617,8 +617,8 @@ def test_split_from_a_file(nb, defaults, tmp_path, capsys):
     split, how = nb.split_tiles(tiles, config)
     assert split == {"train": tiles[:2] + tiles[6:], "val": [tiles[4]], "test": [tiles[5]]}
     text = capsys.readouterr().out  # a raster's name stands for all its tiles; what is lost is said
-    assert "1 names in it fit no usable tile: gone.png" in text and str(path) in how
-    assert "2 tiles are not named in it, and left out: images/a_2.png, images/a_3.png" in text
+    assert "1 names fit no usable tile, and are left out: gone.png" in text and str(path) in how
+    assert "2 tiles are not named, and are left out: images/a_2.png, images/a_3.png" in text
     windows = json.dumps(names).replace("/", "\\\\")  # as Windows writes it
     path.write_text("\ufeff" + windows, encoding="utf-8")
     assert nb.split_from_file(tiles, config)[0] == split
