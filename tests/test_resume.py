@@ -202,7 +202,8 @@ MODEL = "run = start_run(config, device, precision_used, run.data)"
     [
         (f"learning_rate = 0.5\n{CHECK}", "learning_rate changed since section 7"),
         (f'class_names = ["a", "b"]\n{CHECK}\n{MODEL}', "class_names changed since section 2"),
-        (f"image_size = 96\n{CHECK}\n{MODEL}", "image_size changed since section 2"),
+        (f"split = [0.4, 0.3, 0.3]\n{CHECK}\n{MODEL}", "split changed since section 5"),
+        ('names_used = {"train": []}', "the split changed since section 7"),
     ],
 )
 def test_changed_settings_whose_cells_were_not_run_are_noticed(tmp_path, small, change, told):
