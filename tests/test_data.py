@@ -637,7 +637,7 @@ def test_real_tiles_split_by_block(nb, defaults, real_tiles, tmp_path):
     tiles = nb.find_scenes(nb.verify_dataset(config)[0], "auto")
     split, _ = nb.split_tiles(tiles, config)
     home = {tile.name: part for part in nb.SPLITS for tile in split[part]}
-    assert nb.beside_training(tiles, [home[tile.name] for tile in tiles]) == 0
+    assert nb.beside_training(tiles, [home[tile.name] for tile in tiles], "auto") == 0
     blocks = {part: {Path(t.name).stem.split("_")[0] for t in split[part]} for part in nb.SPLITS}
     assert (
         not blocks["train"] & (blocks["val"] | blocks["test"])
@@ -695,13 +695,21 @@ def test_how_much_a_split_leaks(nb):
     def beside(train, judged=None):
         rest = [tile for tile in tiles if tile not in train] if judged is None else judged
         homes = {id(tile): "train" for tile in train} | {id(tile): "test" for tile in rest}
-        return nb.beside_training(tiles, [homes.get(id(tile)) for tile in tiles])
+        return nb.beside_training(tiles, [homes.get(id(tile)) for tile in tiles], "auto")
 
     assert beside(tiles[:6]) == 0  # scene b held out whole
     assert beside(tiles[:4]) == pytest.approx(1 / 6)  # a_4, of a_4, a_5 and b
     assert beside(tiles[1:6]) == pytest.approx(1 / 5)  # a_0, whose neighbour comes after it
     assert beside([*tiles[:6:2], *tiles[6::2]]) == 1
     assert beside(tiles[:4], tiles[8:]) == 0  # a_4 is left out
+
+
+def test_a_random_split_that_was_asked_for_still_shows_its_leak(nb):
+    """With group_by = None every tile is a scene of its own, and none would seem to have neighbours."""
+    tiles = nb.find_scenes(fake(nb, [f"a_{i}" for i in range(6)]), None)
+    scenes = [tile.scene for tile in tiles]
+    assert nb.beside_training(tiles, ["train", "test"] * 3, None) == 1
+    assert [tile.scene for tile in tiles] == scenes and len(set(scenes)) == 6
 
 
 # ---- the sample
