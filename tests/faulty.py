@@ -113,17 +113,19 @@ def build(root: Path) -> dict[str, tuple[str, str]]:
     for stem, bands in (("deep_1", np.moveaxis(deep, 2, 0)), ("deep_2", deep[None, ..., 0] // 2)):
         pair(
             stem,
-            "16-bit image",
+            "pixels not of 8 bits",
             "used",
             image=(".tif", lambda path, bands=bands: save_tiff(path, bands)),
         )
     floating = np.moveaxis(pixels, 2, 0).astype(np.float32)
     many = np.concatenate([np.moveaxis(pixels, 2, 0), pixels[None, ..., 0]])
     options = {"photometric": "MINISBLACK"}
-    pair("float_1", "unusable pixels", image=(".tif", lambda path: save_tiff(path, floating)))
+    write = (".tif", lambda path: save_tiff(path, floating))
+    pair("float_1", "pixels not of 8 bits", "used", image=write)
     pair(
         "four_1",
-        "unusable pixels",
+        "more bands than colours",
+        "1, 2, 3 used",
         image=(".tif", lambda path: save_tiff(path, many, alpha="NO", **options)),
     )
     for number, suffix in enumerate((".jpg", ".tif")):
@@ -135,10 +137,15 @@ def build(root: Path) -> dict[str, tuple[str, str]]:
         ".tif",
         lambda path: save_tiff(path, 255 - pixels[None, ..., 0], photometric="MINISWHITE"),
     )
-    pair("white_1", "unusable pixels", image=white)
+    pair("white_1", "white stored as 0", "inverted", image=white)
     exif = Image.Exif()
     exif[0x112] = 3
-    pair("turned_1", "unusable pixels", image=(".jpg", lambda path: save(path, pixels, exif=exif)))
+    pair(
+        "turned_1",
+        "orientation tag",
+        "turned",
+        image=(".jpg", lambda path: save(path, pixels, exif=exif)),
+    )
     place = {"crs": "EPSG:32633", "transform": rasterio.transform.from_origin(500000, 0, 0.5, 0.5)}
     pair("away_1", image=(".tif", lambda path: save_tiff(path, np.moveaxis(pixels, 2, 0), **place)))
     (labels / "away_1_label.png").unlink()
@@ -146,29 +153,17 @@ def build(root: Path) -> dict[str, tuple[str, str]]:
     save_tiff(labels / "away_1_label.tif", truth[None], **place)
     expected["away_1_label.tif"] = ("label elsewhere", "left out")
     pair("blank_1", "blank image", image=np.zeros((SIDE, SIDE, 3), np.uint8))
-    pair("void_1", "no data", image=np.dstack([pixels, np.zeros((SIDE, SIDE), np.uint8)]))
+    pair("void_1", "no data", image=np.dstack([pixels[::-1], np.zeros((SIDE, SIDE), np.uint8)]))
     jpeg = (".tif", lambda path: Image.fromarray(picture("wrong_1")[0]).save(path, format="JPEG"))
     pair("wrong_1", "wrong content for the suffix", "read by its content", image=jpeg)
     pair("twin_1", image=picture("good_0")[0])
     expected["twin_1.png"] = ("identical images", "left out")
     # labels
-    pair(
-        "red_1",
-        "colour label",
-        "the brightest is read",
-        label=np.dstack([truth, truth * 0, truth * 0]),
-    )
+    pair("three_1", label=np.dstack([truth, truth, truth]))
     smooth = truth.copy()
     smooth[truth != np.roll(truth, 1, 0)] = 128
-    nearest = "read as rooftop"
-    pair("smooth_1", "antialiased label", nearest, label=smooth)
-    pair(
-        "odd_1",
-        "unexpected label values",
-        nearest,
-        label=np.where(truth > 0, 200, 0).astype(np.uint8),
-    )
-    pair("glass_1", "label with alpha", "alpha is not read", label=np.dstack([truth, truth]))
+    smooth[truth != np.roll(truth, 1, 1)] = 100
+    pair("smooth_1", "smoothed label", "the nearer class", label=smooth)
     whole = (".tif", lambda path: save_tiff(path, np.full((1, SIDE, SIDE), 0.5, np.float32)))
     pair("half_1", "unreadable", label=whole)
     expected["half_1.png"] = expected.pop("half_1_label.tif")

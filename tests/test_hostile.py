@@ -36,9 +36,13 @@ def pair(settings):
 
 def inspect(nb, files, config):
     """Inspect a pair and decide what its pixels mean: its tiles, and what was noticed."""
-    found = nb.inspect_pair(tuple(map(str, files)), None, config)
+    found = nb.inspect_pair(nb.Pair("a", *map(str, files)), None, config)
     faults = [one for one in found if isinstance(one, nb.Fault)]
-    tiles, noticed = nb.decide([one for one in found if isinstance(one, nb.Tile)], config)
+    try:
+        tiles, noticed = nb.decide([one for one in found if isinstance(one, nb.Tile)], config)
+    except ValueError as error:  # a whole set of such labels would stop the run
+        assert "Set in section 1.2" in str(error)
+        return [], faults + [nb.Fault(str(files[1]), "unclear", str(error))]
     return tiles, faults + noticed
 
 
@@ -95,7 +99,7 @@ def test_a_bomb_is_refused_by_name_at_once(nb, settings, pair, bomb, which):
     pair[which].unlink()
     bomb(pair[which])
     with no_longer_than(10):
-        (fault,) = nb.inspect_pair(tuple(map(str, pair)), None, nb.make_config(**settings))
+        (fault,) = nb.inspect_pair(nb.Pair("a", *map(str, pair)), None, nb.make_config(**settings))
     assert isinstance(fault, nb.Fault) and fault.action == "left out"
     assert str(pair[which]) in fault.file + fault.detail
     advice = "cut it, or save it as tiled GeoTIFF"
@@ -105,7 +109,7 @@ def test_a_bomb_is_refused_by_name_at_once(nb, settings, pair, bomb, which):
 def test_a_label_of_many_bands_is_refused(nb, settings, pair):
     pair[1].unlink()
     save_tiff(pair[1], np.zeros((300, 64, 64), np.uint8))
-    (fault,) = nb.inspect_pair(tuple(map(str, pair)), None, nb.make_config(**settings))
+    (fault,) = nb.inspect_pair(nb.Pair("a", *map(str, pair)), None, nb.make_config(**settings))
     assert isinstance(fault, nb.Fault) and fault.action == "left out"
     assert "a label with 300 bands" in fault.detail
 

@@ -181,9 +181,14 @@ def mutated_files(nb, folder, settings, total, rng, counts):
 
     def look(pair):
         with no_longer_than(60):
-            found = nb.inspect_pair(pair, None, config)
+            found = nb.inspect_pair(nb.Pair("a", *pair), None, config)
             faults = [one for one in found if isinstance(one, nb.Fault)]
-            tiles, noticed = nb.decide([one for one in found if isinstance(one, nb.Tile)], config)
+            try:
+                found = [one for one in found if isinstance(one, nb.Tile)]
+                tiles, noticed = nb.decide(found, config)
+            except ValueError as error:  # a whole set of such labels would stop the run
+                assert "Set in section 1.2" in str(error)
+                return "refused"
             assert all(fault.file and fault.detail for fault in faults + noticed)
             assert bool(tiles) != ("left out" in [fault.action for fault in faults + noticed])
             for tile in tiles:
