@@ -433,6 +433,18 @@ def test_labels_that_fit_no_image_are_not_paired_by_force(nb, settings):
         nb.verify_dataset(nb.make_config(**settings))
 
 
+def test_one_label_without_a_place_is_not_that_of_all_images(nb, settings, verify):
+    root = Path(settings["root"])
+    for n in range(COUNT):
+        save(root / f"images/images/town{n}_1.png", photo(n))
+    save(root / "label/label/mask.png", np.uint8(255 * roofs(0)))
+    with pytest.raises(ValueError, match="do not say where they lie"):
+        verify()
+    (root / "label/label/mask.png").rename(root / "label/label/town3_1_label.png")
+    with pytest.raises(ValueError, match="1 usable tiles"):  # only the one that it is named after
+        verify()
+
+
 def test_suffixes_that_are_not_known_are_named(nb, settings):
     root = Path(settings["root"])
     for folder in ("images/images", "label/label"):
@@ -567,6 +579,19 @@ def test_tiles_that_overlap_never_lie_on_both_sides(nb, settings, verify):
     cut = nb.cut_rows([[t] for t in tiles], [np.arange(len(tiles))], 0, config)
     homes = {id(tile): part for part in nb.SPLITS for tile in cut[part]}
     assert nb.leak(tiles, [homes[id(tile)] for tile in tiles]) > 0.05
+
+
+def test_overlapping_tiles_are_left_out_whatever_group_by_says(nb, settings, verify):
+    root = Path(settings["root"])
+    for n in range(30):
+        options = {"crs": UTM, "transform": from_origin(500_000 + 16 * n, 6_400_000, 0.5, 0.5)}
+        image, label = np.moveaxis(photo(n), 2, 0), np.uint8(255 * roofs(n))[None]
+        save_tiff(root / f"images/images/a_{n}.tif", image, **options)
+        save_tiff(root / f"label/label/a_{n}_label.tif", label, **options)
+    tiles, _, config = verify(split=[0.6, 0.2, 0.2], group_by=None)
+    split, how = nb.split_tiles(nb.find_scenes(tiles, None), config)
+    assert "that overlap judged ones are left out" in how
+    assert nb.shared_ground(split["train"], split["val"] + split["test"])[1].max() == 0
 
 
 def test_names_of_a_web_map_are_places(nb, settings, verify):

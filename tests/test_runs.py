@@ -44,6 +44,7 @@ def test_sample_from_nothing(tmp_path, monkeypatch):
     assert {path.name for path in folder.iterdir()} == FILES
     assert {path.name for path in tmp_path.iterdir()} == {"dataset", "saved_models"}
     always = {"sample-run", "look-tiles", "look-augmented", "curves-run", "reliability-run"}
+    always |= {"meaning-run"}
     always |= {"show-random", "show-worst"}
     drawn = pictures(notebook)
     assert always <= drawn.keys() <= always | {"show-suspects"} and set(drawn.values()) == {1}
@@ -123,7 +124,8 @@ def test_real_tiles_by_one_setting(tmp_path, real_tiles):
     } | QUICK
     notebook = nbtools.run(nbtools.NOTEBOOK, tmp_path, root=real_tiles, **small)
     text = nbtools.printed(notebook)
-    assert re.search(r"beside a training tile: 9\d% in a random split, 0% in this one", text)
+    assert "no tile says where on the ground it lies" in text
+    assert "label is named like its image" in text
     assert "712 usable tiles" in text and "70 whole scenes" in text
     metrics = json.loads((tmp_path / "saved_models" / "metrics.json").read_text())
     assert 0.5 < metrics["pixel_accuracy"] <= 1
