@@ -192,7 +192,16 @@ def dubai(mask, n):
     return painted(mask, (60, 16, 152), colours[blocks])
 
 
+def outlined(mask, n):
+    """Roofs of 1 with an outline of 2, one pixel wide."""
+    core = mask.copy()
+    for step, axis in ((1, 0), (-1, 0), (1, 1), (-1, 1)):
+        core &= np.roll(mask, step, axis)
+    return np.where(core, 1, 2 * mask).astype(np.uint8)
+
+
 UNCLEAR = {
+    "an outline with a number of its own": (png(outlined), 'class_values = [0, "other"]'),
     "1 and 255": (
         png(lambda m, n: np.where(m, 255, 1).astype(np.uint8)),
         "class_values = [1, 255]",
@@ -355,7 +364,7 @@ def test_one_hot_pixel_does_not_blacken_all(nb, write, verify):
     def image(path, pixels, n):
         pixels = pixels.astype(np.uint16) * 8
         if n == 3:
-            pixels[5, 5] = 65535
+            pixels[5, 5:25] = 65535
         save_tiff(path.with_suffix(".tif"), np.moveaxis(pixels, 2, 0))
 
     write(image=image)
