@@ -122,14 +122,14 @@ def test_pairs_are_made_by_name_across_suffixes_and_folders(nb, settings, write_
         write_pair(stem, suffix=".JPG")
     pairs, faults, _ = nb.pair_files(config_of(nb, settings))
     assert faults == []
-    assert [Path(image).stem for _, image, _ in pairs] == [
+    assert [Path(image).stem for _, image, *_ in pairs] == [
         "a tile",
         "tile_2",
         "tile_10",
         "thumbing_1",
         "Ünï_1",
     ]
-    assert all(Path(label).stem == f"{Path(image).stem}_label" for _, image, label in pairs)
+    assert all(Path(label).stem == f"{Path(image).stem}_label" for _, image, label, *_ in pairs)
 
 
 def test_links_are_followed_but_not_in_circles(nb, settings, write_pair, tmp_path):
@@ -180,7 +180,7 @@ def test_layouts_of_well_known_data_sets(nb, settings, images_dir, labels_dir, l
     assert not nb.use_sample(config)
     pairs, faults, _ = nb.pair_files(config)
     root = settings["root"]
-    found = sorted(Path(path).relative_to(root).as_posix() for pair in pairs for path in pair[1:])
+    found = sorted(Path(path).relative_to(root).as_posix() for pair in pairs for path in pair[1:3])
     assert found == sorted(name for name in files if not name.startswith("val/b")) and faults == []
 
 
@@ -343,7 +343,14 @@ def fake(nb, names, roof=0.1):
     """Tiles of 10 x 10 pixels of which no file is read."""
     pixels = {"class_pixels": np.array([int(100 - 100 * roof), int(100 * roof)])}
     facts = {"image": "", "label": "", "box": (0, 0, 10, 10), "kind": "", "files": (), **pixels}
-    facts |= {"alpha": True, "scale": (0, 255), "sample": [], "codes": None, "lossy": False}
+    facts |= {
+        "alpha": True,
+        "scale": (0, 255),
+        "sample": [],
+        "codes": None,
+        "lossy": False,
+        "nodata": None,
+    }
     return [nb.Tile(name=f"images/{n}.png", key=n, digest=n, place=None, **facts) for n in names]
 
 

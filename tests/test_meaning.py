@@ -545,6 +545,104 @@ def test_a_label_raster_that_covers_many_chips_is_read_by_place(nb, write, verif
     check(nb, tiles, config, 0.99 if crs == UTM else 0.9)
 
 
+def test_footprints_with_rows_that_are_no_polygons(nb, write, verify):
+    """As OpenStreetMap and clipped layers have them: nothing, points, collections."""
+    import geopandas
+    import pandas
+    import shapely
+
+    root = write(image=placed)
+    shutil.rmtree(root / "label")
+    parts = [outlines(n) for n in range(COUNT)]
+    odd = geopandas.GeoSeries([None, shapely.Point(500_000, 6_399_990), shapely.Polygon()], crs=UTM)
+    bound = shapely.GeometryCollection([*parts[3], shapely.Point(500_300, 6_399_999)])
+    parts[3] = geopandas.GeoSeries([bound], crs=UTM)
+    whole = pandas.concat([odd, *parts], ignore_index=True)
+    geopandas.GeoDataFrame(geometry=whole, crs=UTM).to_file(root / "roofs.gpkg")
+    tiles, _, config = verify(labels_dir="roofs.gpkg")
+    check(nb, tiles, config)
+
+
+def test_footprints_that_may_be_something_else_are_refused(write, verify):
+    root = write(image=placed)
+    shutil.rmtree(root / "label")
+    for layer in ("parcels", "buildings"):
+        outlines(0).to_file(root / "two.gpkg", layer=layer)
+    outlines(0).boundary.to_file(root / "lines.gpkg")
+    for file, why in (("two", "layers .*parcels.*buildings"), ("lines", "holds lines")):
+        with pytest.raises(ValueError, match=rf"{file}\.gpkg: it holds the {why}|{why}"):
+            verify(labels_dir=f"{file}.gpkg")
+
+
+def test_a_label_by_place_keeps_what_its_file_says(nb, write, verify):
+    """White stored as 0, another pixel size, and no label beyond its edge."""
+
+    def label(path, mask, n):
+        grid = spot(n)
+        if n % 3 == 0:
+            wide = np.pad(mask, ((0, 0), (0, 10)))
+            save_tiff(
+                path.with_suffix(".tif"),
+                np.uint8(255 * ~wide)[None],
+                photometric="MINISWHITE",
+                **grid,
+            )
+        elif n % 3 == 1:
+            grid["transform"] = grid["transform"] * rasterio.Affine.scale(0.5)
+            save_tiff(
+                path.with_suffix(".tif"),
+                np.uint8(255 * mask.repeat(2, 0).repeat(2, 1))[None],
+                **grid,
+            )
+        else:
+            save_tiff(path.with_suffix(".tif"), np.uint8(255 * mask[:, :60])[None], **grid)
+
+    write(label, placed)
+    tiles, _, config = verify()
+    assert len(tiles) == COUNT
+    for tile in tiles:
+        n = int(tile.key.removeprefix("area").partition("_")[0])
+        read = nb.read_tile(tile, config)[1]
+        seen = read != nb.IGNORE_INDEX
+        assert (read == roofs(n))[seen].mean() > 0.99
+        assert seen[:, :60].all() and seen[:, 60:].all() == (n % 3 != 2)
+
+
+def test_the_same_shape_on_another_grid_is_read_by_place(nb, write, verify):
+    def label(path, mask, n):
+        grid = spot(n)
+        large = np.zeros((SIDE, SIDE), bool)
+        large[:] = mask[np.arange(SIDE) * 6 // 5 % SIDE][:, np.arange(SIDE) * 6 // 5 % SIDE]
+        grid["transform"] = grid["transform"] * rasterio.Affine.scale(1.2)
+        save_tiff(path.with_suffix(".tif"), np.uint8(255 * large)[None], **grid)
+
+    write(label, placed)
+    tiles, _, config = verify()
+    for n, read in enumerate(labels_read(nb, tiles, config)):
+        assert (read == roofs(int(tiles[n].key[4:].partition("_")[0]))).mean() > 0.9
+
+
+def test_a_number_that_is_roof_here_and_no_data_there_stops(write, verify):
+    def label(path, mask, n):
+        nodata = {"nodata": 255} if n % 2 else {}
+        save_tiff(path.with_suffix(".tif"), np.uint8(255 * mask)[None], **nodata)
+
+    write(label)
+    with pytest.raises(ValueError, match="area1_1_label.tif says that 255 is no data"):
+        verify()
+
+
+def test_a_fill_value_that_no_file_declares_stops(write, verify):
+    def image(path, pixels, n):
+        pixels = np.moveaxis(pixels, 2, 0).astype(np.float32) / 255
+        pixels[:, : 16 if n == 3 else 0] = -9999
+        save_tiff(path.with_suffix(".tif"), pixels)
+
+    write(image=image)
+    with pytest.raises(ValueError, match="images hold -9999, far from all other values"):
+        verify()
+
+
 # ---- splits
 
 
@@ -601,6 +699,43 @@ def test_overlapping_tiles_are_left_out_whatever_group_by_says(nb, settings, ver
     split, how = nb.split_tiles(nb.find_scenes(tiles, None), config)
     assert "that overlap judged ones are left out" in how
     assert nb.shared_ground(split["train"], split["val"] + split["test"])[1].max() == 0
+
+
+def test_ground_is_compared_across_coordinate_systems_and_zooms(nb, settings, verify):
+    root = Path(settings["root"])
+    for n in range(4):
+        for crs, name in ((UTM, "here"), ("EPSG:25833", "there")):
+            options = spot(n) | {"crs": crs}
+            image, label = np.moveaxis(photo(n + 50 * (name == "there")), 2, 0), roofs(n)
+            save_tiff(root / f"images/images/{name}{n}_1.tif", image, **options)
+            save_tiff(
+                root / f"label/label/{name}{n}_1_label.tif", np.uint8(255 * label)[None], **options
+            )
+        save(root / f"images/images/18/1000/{5000 + n}.png", photo(20 + n))
+        save(root / f"label/label/18/1000/{5000 + n}_label.png", np.uint8(255 * roofs(n)))
+    save(root / "images/images/19/2001/10003.png", photo(30))
+    save(root / "label/label/19/2001/10003_label.png", np.uint8(255 * roofs(30)))
+    tiles = nb.find_scenes(verify()[0], "auto")
+    by_key = {tile.key: tile for tile in tiles}
+    assert all(by_key[f"here{n}_1"].scene == by_key[f"there{n}_1"].scene for n in range(4))
+    area, shared = nb.shared_ground([by_key["19/2001/10003"]], [by_key["18/1000/5001"]])
+    assert shared[0] > 0.95 * area[0]
+
+
+def test_a_part_taken_from_official_training_tiles_shares_no_ground(nb, settings, verify):
+    root = Path(settings["root"])
+    for n in range(30):
+        part = "test" if n >= 24 else "train"
+        options = {"crs": UTM, "transform": from_origin(500_000 + 16 * n, 6_400_000, 0.5, 0.5)}
+        image, label = np.moveaxis(photo(n), 2, 0), np.uint8(255 * roofs(n))[None]
+        save_tiff(root / part / f"images/a_{n}.tif", image, **options)
+        save_tiff(root / part / f"masks/a_{n}.tif", label, **options)
+    folders = {"images_dir": "*/images", "labels_dir": "*/masks", "label_suffix": ""}
+    tiles, _, config = verify(**folders, split=[0.6, 0.2, 0.2])
+    split, how = nb.split_tiles(nb.find_scenes(tiles, "auto"), config)
+    assert "val taken from its training tiles" in how and "overlap" in how
+    assert nb.shared_ground(split["train"], split["val"] + split["test"])[1].max() == 0
+    assert len(split["test"]) == 6
 
 
 def test_names_of_a_web_map_are_places(nb, settings, verify):
