@@ -25,7 +25,7 @@ REAL_TILES = Path(__file__).parents[2] / "shared" / "data" / "rooftops"
 def pytest_configure(config: pytest.Config) -> None:
     """Pass over what rasterio says of pictures without coordinates, and of itself."""
     config.addinivalue_line("filterwarnings", "ignore::rasterio.errors.NotGeoreferencedWarning")
-    config.addinivalue_line("filterwarnings", "ignore::PendingDeprecationWarning:rasterio")
+    config.addinivalue_line("filterwarnings", "ignore::PendingDeprecationWarning")  # of affine
 
 
 @pytest.fixture(scope="session")
@@ -97,7 +97,7 @@ def start(nb: ModuleType, settings: dict, write_pair: Callable) -> Callable:
         tiles = nb.find_scenes(nb.verify_dataset(config)[0], config.group_by)
         split, _ = nb.split_tiles(tiles, config)
         data = {"split": {p: [tile.name for tile in split[p]] for p in nb.SPLITS}, "files": "x"}
-        run = nb.start_run(config, cpu, nb.choose_precision(config.precision, cpu), data)
+        run = nb.Run(config, cpu, nb.choose_precision(config.precision, cpu), data)
 
         def go() -> list[dict]:
             if not run.history and not nb.resume_run(run):

@@ -86,7 +86,7 @@ def test_all_problems_in_one_message_and_what_is_allowed(nb, defaults):
         "precision",
         "'standard'",
         "'bf16'",
-        "greater than or equal to 1",
+        "greater than 0",
     ):
         assert word in str(caught.value)
 

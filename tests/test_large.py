@@ -8,7 +8,7 @@ import faulty
 import numpy as np
 import pytest
 import torch
-from faulty import save
+from faulty import save, save_tiff
 from PIL import Image
 
 import nbtools
@@ -114,51 +114,47 @@ def test_resize_shrinks_instead(nb, settings, write_raster):
     assert len(nb.RooftopDataset(tiles, config)) == 6 + 4
 
 
-def test_large_png_and_jpeg_are_copied_once_into_the_cache(nb, settings, monkeypatch):
-    monkeypatch.setattr(nb, "WHOLE_PIXELS", 5000)
+def test_a_large_file_of_any_kind_is_read_tile_by_tile(nb, settings, monkeypatch):
+    monkeypatch.setattr(nb, "MAX_SIDE", 100)
     image, label = nb.draw_scene(1, 150)
     root = Path(settings["root"])
-    for suffix in (".png", ".jpg"):
-        save(root / settings["images_dir"] / f"a{suffix[1:]}_1{suffix}", image)
+    for suffix in (".png", ".jpg", ".tif"):
+        save(
+            root / settings["images_dir"] / f"a{suffix[1:]}_1{suffix}",
+            image + np.uint8(len(suffix)),
+        )
         save(root / settings["labels_dir"] / f"a{suffix[1:]}_1_label.png", 255 * label)
     blocks = {"tiled": True, "blockxsize": 64, "blockysize": 64}
-    faulty.save_tiff(
-        root / settings["images_dir"] / "tiled_1.tif", np.moveaxis(image[::-1], 2, 0), **blocks
-    )
-    faulty.save_tiff(
-        root / settings["labels_dir"] / "tiled_1_label.tif", 255 * label[None], **blocks
+    tiled = np.moveaxis(image[::-1], 2, 0)
+    save_tiff(root / settings["images_dir"] / "tiled_1.tif", tiled, **blocks)
+    save_tiff(
+        root / settings["labels_dir"] / "tiled_1_label.tif", 255 * label[None, ::-1], **blocks
     )
     tiles, config = verified(nb, settings)
-    cache = Path(config.save_dir) / "cache"
-    assert len(list(cache.iterdir())) == 4 and not list(cache.glob("*.part"))
-    made = {path: path.stat().st_mtime_ns for path in cache.iterdir()}
-    by_stem = {Path(tile.name).stem: tile for tile in tiles}
-    assert Path(by_stem["tiled_1"].image).parent.name == "images"
-    png, jpeg = (nb.read_tile(by_stem[stem], config, (70, 70), 64) for stem in ("apng_1", "ajpg_1"))
-    assert np.array_equal(png[0], image[70:134, 70:134]) and np.array_equal(
-        png[1], label[70:134, 70:134]
-    )
-    lossy = np.asarray(Image.open(root / settings["images_dir"] / "ajpg_1.jpg"))
-    assert abs(jpeg[0].astype(int) - lossy[70:134, 70:134]).mean() < 1  # decoders differ a little
-    verified(nb, settings)
-    assert made == {path: path.stat().st_mtime_ns for path in cache.iterdir()}  # not made again
-    save(root / settings["images_dir"] / "apng_1.png", 255 - image)  # a file that has changed is
-    tiles, _ = verified(nb, settings)
-    changed = next(tile for tile in tiles if "apng" in tile.name)
-    assert np.array_equal(nb.read_tile(changed, config)[0], 255 - image)
+    assert len(tiles) == 3 * 4  # those of the TIFF have the pixels of the PNG
+    for tile in tiles:
+        x, y, width, height = tile.box
+        path = root / tile.name.partition("#")[0]
+        pixels, numbers = nb.read_tile(tile, config)
+        truth = np.asarray(Image.open(path))[y : y + height, x : x + width]
+        assert abs(pixels.astype(int) - truth).mean() < (1 if path.suffix == ".jpg" else 1e-9)
+        own = label[::-1] if "tiled" in tile.name else label
+        assert np.array_equal(numbers, own[y : y + height, x : x + width])
+        part = nb.read_tile(tile, config, (20, 30), 16)
+        assert np.array_equal(part[0], pixels[30:46, 20:36])
+        assert np.array_equal(part[1], numbers[30:46, 20:36])
 
 
-def test_pixels_without_data_stay_so_in_the_cache(nb, settings, monkeypatch, whole):
-    monkeypatch.setattr(nb, "WHOLE_PIXELS", 5000)
+def test_pixels_without_data_have_no_class(nb, settings, whole):
     image, label = nb.draw_scene(1, 150)
     clear = np.dstack([image, np.full((150, 150), 255, np.uint8)])
     clear[:50, :, 3] = 0
     save(Path(settings["root"]) / settings["images_dir"] / "a_1.png", clear)
     save(Path(settings["root"]) / settings["labels_dir"] / "a_1_label.png", 255 * label)
     (tile,), config = verified(nb, settings)
-    assert "cache" in tile.image
-    assert (nb.read_tile(tile, config)[1][:50] == nb.IGNORE_INDEX).all()
-    assert tile.class_pixels.sum() == 100 * 150
+    pixels, numbers = nb.read_tile(tile, config)
+    assert (numbers[:50] == nb.IGNORE_INDEX).all() and (pixels[:50] == 0).all()
+    assert np.array_equal(pixels[50:], image[50:]) and tile.class_pixels.sum() == 100 * 150
 
 
 def covered(tiles, width, height):

@@ -6,6 +6,7 @@ import math
 import weakref
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -183,24 +184,35 @@ def test_ignored_pixels_do_not_count(nb):
     assert result["iou"].tolist() == [1, 1]
 
 
+def judged(nb, batches, loss_fn):
+    """What one_pass says of batches of logits and labels, as if a model had given the logits."""
+    run = SimpleNamespace(model=nn.Identity(), device=CPU, precision="fp32", history=[])
+    run.config = SimpleNamespace(num_classes=2)
+    loader = type("Loader", (list,), {"dataset": SimpleNamespace(train=False)})(batches)
+    return nb.one_pass(run, loader, loss_fn)
+
+
 def test_counts_are_added_up_before_they_are_divided(nb):
-    totals = nb.Totals(2, CPU)
     empty = torch.zeros(1, 4, 4, dtype=torch.long)
     noisy, roofs = empty.clone(), torch.ones(3, 4, 4, dtype=torch.long)
     noisy[0, 0] = 1
-    totals.add(torch.tensor(1.0), logits_for(noisy), empty)  # 4 false alarms
-    totals.add(torch.tensor(2.0), logits_for(roofs), roofs)  # 48 hits
-    result = totals.result()
+    batches = [(logits_for(noisy), empty), (logits_for(roofs), roofs)]  # 4 false alarms, 48 hits
+    result, _ = judged(nb, batches, lambda logits, _: torch.tensor(1.0 + (len(logits) == 3)))
     assert result["iou"] == pytest.approx(48 / 52)
     assert result["loss"] == pytest.approx((1 + 3 * 2) / 4)
 
 
 def test_false_alarms_without_any_roof_give_no_roof_iou(nb):
     """Else a validation set without roofs would choose the first epoch with a false alarm."""
-    totals = nb.Totals(2, CPU)
     empty = torch.zeros(1, 4, 4, dtype=torch.long)
-    totals.add(torch.tensor(1.0), logits_for(1 - empty), empty)
-    assert math.isnan(totals.result()["iou"])
+    result, _ = judged(nb, [(logits_for(1 - empty), empty)], nb.CombinedLoss(0.6, 0.4))
+    assert math.isnan(result["iou"]) and math.isfinite(result["loss"])
+
+
+def test_a_batch_whose_pixels_are_all_ignored_spoils_no_score(nb, half):
+    batches = [(logits_for(half), half), (logits_for(half), torch.full_like(half, 255))]
+    result, _ = judged(nb, batches, nb.CombinedLoss(0.6, 0.4))
+    assert result["iou"] == 1 and result["loss"] == pytest.approx(0, abs=1e-6)
 
 
 # ---- training
@@ -221,10 +233,10 @@ def prepared(nb, settings, write_pair):
 @pytest.mark.parametrize("precision", ["fp32", "bf16"])
 def test_one_batch_can_be_learned_by_heart(nb, prepared, precision):
     config, _, loaders = prepared
-    run, loss_fn = nb.start_run(config, CPU, precision, {}), nb.CombinedLoss(0.6, 0.4)
-    first, _ = nb.train_one_epoch(run, loaders["train"], loss_fn)
+    run, loss_fn = nb.Run(config, CPU, precision, {}), nb.CombinedLoss(0.6, 0.4)
+    first, _ = nb.one_pass(run, loaders["train"], loss_fn)
     for _ in range(40):
-        last, skipped = nb.train_one_epoch(run, loaders["train"], loss_fn)
+        last, skipped = nb.one_pass(run, loaders["train"], loss_fn)
     assert last["loss"] < 0.15 * first["loss"] and last["iou"] > 0.9 and skipped == 0
 
 
@@ -235,7 +247,7 @@ def test_one_batch_can_be_learned_by_heart(nb, prepared, precision):
 def test_other_models_train_and_load(nb, prepared, architecture, encoder):
     config, split, _ = prepared
     config = replace(config, architecture=architecture, encoder_name=encoder, epochs=1)
-    history = nb.fit(nb.start_run(config, CPU, "bf16", {}), split)
+    history = nb.fit(nb.Run(config, CPU, "bf16", {}), split)
     assert math.isfinite(history[0]["train_loss"])
     model = nb.load_model(Path(config.save_dir) / nb.LAST_FILE, CPU)
     assert type(model).__name__ == architecture
@@ -243,18 +255,18 @@ def test_other_models_train_and_load(nb, prepared, architecture, encoder):
 
 def test_fp16_trains_with_a_gradient_scaler(nb, prepared):
     config, _, loaders = prepared
-    run = nb.start_run(config, CPU, "fp16", {})
+    run = nb.Run(config, CPU, "fp16", {})
     before = run.model.segmentation_head[0].weight.detach().clone()
     assert run.scaler.is_enabled() and run.scaler.get_scale() > 1
     for _ in range(3):
-        result, _ = nb.train_one_epoch(run, loaders["train"], nb.CombinedLoss(0.6, 0.4))
+        result, _ = nb.one_pass(run, loaders["train"], nb.CombinedLoss(0.6, 0.4))
     assert math.isfinite(result["loss"])
     assert not torch.equal(before, run.model.segmentation_head[0].weight)
 
 
 def test_gradients_are_clipped(nb, prepared, monkeypatch):
     config, _, loaders = prepared
-    run, norms = nb.start_run(replace(config, gradient_clip=0.5), CPU, "fp32", {}), []
+    run, norms = nb.Run(replace(config, gradient_clip=0.5), CPU, "fp32", {}), []
     step = run.optimizer.step
 
     def spy(*args, **kwargs):
@@ -262,15 +274,15 @@ def test_gradients_are_clipped(nb, prepared, monkeypatch):
         return step(*args, **kwargs)
 
     monkeypatch.setattr(run.optimizer, "step", spy)
-    nb.train_one_epoch(run, loaders["train"], nb.CombinedLoss(600, 400))
+    nb.one_pass(run, loaders["train"], nb.CombinedLoss(600, 400))
     assert norms and all(norm <= 0.501 for norm in norms)
 
 
 def test_evaluation_changes_nothing(nb, prepared):
     config, _, loaders = prepared
-    run, loss_fn = nb.start_run(config, CPU, "fp32", {}), nb.CombinedLoss(0.6, 0.4)
+    run, loss_fn = nb.Run(config, CPU, "fp32", {}), nb.CombinedLoss(0.6, 0.4)
     before = {name: value.clone() for name, value in run.model.state_dict().items()}
-    results = [nb.evaluate(run, loaders["val"], loss_fn) for _ in range(2)]
+    results = [nb.one_pass(run, loaders["val"], loss_fn) for _ in range(2)]
     assert results[0] == results[1]
     assert all(torch.equal(value, before[name]) for name, value in run.model.state_dict().items())
 
@@ -279,8 +291,8 @@ def test_same_seed_same_training(nb, prepared):
     config, _, loaders = prepared
     weights = []
     for _ in range(2):
-        run = nb.start_run(config, CPU, "fp32", {})
-        nb.train_one_epoch(run, loaders["train"], nb.CombinedLoss(0.6, 0.4))
+        run = nb.Run(config, CPU, "fp32", {})
+        nb.one_pass(run, loaders["train"], nb.CombinedLoss(0.6, 0.4))
         weights.append(run.model.state_dict())
     assert all(torch.equal(weights[0][name], weights[1][name]) for name in weights[0])
 
@@ -294,15 +306,13 @@ def scripted(nb, prepared, monkeypatch):
         results = iter(zip(losses, ious, strict=True))
         same = {"pixel_accuracy": 0.5, "miou": 0.5}
 
-        def validate(*_):
-            loss, iou = next(results)
-            return same | {"loss": loss, "iou": iou}
+        def one_pass(run, loader, loss_fn):
+            loss, iou = (1.0, 0.5) if loader.dataset.train else next(results)
+            return same | {"loss": loss, "iou": iou}, 0
 
-        trained = same | {"loss": 1.0, "iou": 0.5}
-        monkeypatch.setattr(nb, "train_one_epoch", lambda *_: (trained, 0))
-        monkeypatch.setattr(nb, "evaluate", validate)
+        monkeypatch.setattr(nb, "one_pass", one_pass)
         config_of_run = replace(config, epochs=len(losses), **changes)
-        return nb.fit(nb.start_run(config_of_run, CPU, "fp32", {}), split)
+        return nb.fit(nb.Run(config_of_run, CPU, "fp32", {}), split)
 
     return play
 
@@ -331,7 +341,7 @@ def test_learning_rate_falls_on_a_plateau(scripted):
 
 
 def test_learning_rate_stops_at_its_floor(nb, prepared):
-    run = nb.start_run(replace(prepared[0], lr_patience=0, min_lr=3e-4), CPU, "fp32", {})
+    run = nb.Run(replace(prepared[0], lr_patience=0, min_lr=3e-4), CPU, "fp32", {})
     rates = []
     for _ in range(5):
         run.scheduler.step(1.0)
@@ -352,7 +362,7 @@ def test_best_files_are_of_their_epochs(nb, scripted, settings):
 def test_checkpoint_round_trip_needs_no_network(nb, prepared, monkeypatch):
     config, split, _ = prepared
     names = {part: [tile.name for tile in split[part]] for part in nb.SPLITS}
-    run = nb.start_run(config, CPU, "fp32", {"split": names, "files": "x"})
+    run = nb.Run(config, CPU, "fp32", {"split": names, "files": "x"})
     run.config = config = replace(config, encoder_weights="imagenet")
     history = nb.fit(run, split)
     monkeypatch.setattr(

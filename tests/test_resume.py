@@ -136,23 +136,24 @@ def test_a_stop_button_pressed_twice_loses_nothing(
 ):
     start(epochs=3, save_dir=str(tmp_path / "whole"))[1]()
     _, go = start(epochs=3, save_dir=str(tmp_path / "cut"))
-    calls, evaluate, restore = [], nb.evaluate, nb.restore
+    judged, one_pass, restore = [], nb.one_pass, nb.restore
 
-    def first(*words):
-        calls.append("evaluate")
-        if calls.count("evaluate") == epochs:
-            raise KeyboardInterrupt
-        return evaluate(*words)
+    def first(run, loader, loss_fn):
+        if not loader.dataset.train:
+            judged.append(1)
+            if len(judged) == epochs:
+                raise KeyboardInterrupt
+        return one_pass(run, loader, loss_fn)
 
-    def second(run):
-        if "evaluate" in calls and not partly:
+    def second(*words):
+        if judged and not partly:
             raise KeyboardInterrupt
-        restore(run)
-        if "evaluate" in calls:
+        restore(*words)
+        if judged:
             raise KeyboardInterrupt
 
     with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
-        patch.setattr(nb, "evaluate", first)
+        patch.setattr(nb, "one_pass", first)
         patch.setattr(nb, "restore", second)
         go()
     assert len(go()) == 3
@@ -197,7 +198,7 @@ def undisturbed(tmp_path_factory, small):
 
 
 CHECK = "config = make_config(**{f.name: globals()[f.name] for f in fields(Config)})"
-MODEL = "run = start_run(config, device, precision_used, run.data)"
+MODEL = "run = Run(config, device, precision_used, run.data)"
 
 
 @pytest.mark.parametrize(
@@ -220,13 +221,13 @@ def test_training_uses_the_settings_that_its_checkpoint_records(nb, start, monke
     """Other augmentation or batches need no new look at the data, only a new run."""
     run, go = start(epochs=1)
     run.config = nb.replace(run.config, augmentation="none", batch_size=3)
-    seen, batches = [], nb.batches
+    seen, one_pass = [], nb.one_pass
 
     def watched(run, loader, *words):
         seen.append((loader.batch_size, len(loader.dataset.augment.transforms)))
-        return batches(run, loader, *words)
+        return one_pass(run, loader, *words)
 
-    monkeypatch.setattr(nb, "batches", watched)
+    monkeypatch.setattr(nb, "one_pass", watched)
     go()
     saved = torch.load(Path(run.config.save_dir) / nb.LAST_FILE, weights_only=True)["config"]
     assert seen == [(3, 0), (3, 0)] and (saved["batch_size"], saved["augmentation"]) == (3, "none")

@@ -378,7 +378,7 @@ def test_a_small_tile_is_answered_where_its_roofs_are(predictor):
 
 def test_a_checkpoint_of_other_classes_is_refused(nb, settings):
     config = nb.make_config(**settings)
-    run = nb.start_run(config, CPU, "fp32", {})
+    run = nb.Run(config, CPU, "fp32", {})
     run.history.append({"epoch": 1, "val_loss": 1.0, "val_iou": 0.5})
     nb.finish_epoch(run, ["iou"])
     file = Path(config.save_dir) / nb.BEST_FILES["iou"]

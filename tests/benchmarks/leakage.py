@@ -25,7 +25,7 @@ def train(nb, config, split, device):
     """Train on a split; the run with its best model by validation roof IoU."""
     names = {part: [tile.name for tile in tiles] for part, tiles in split.items()}
     precision = nb.choose_precision(config.precision, device)
-    run = nb.start_run(config, device, precision, {"split": names})
+    run = nb.Run(config, device, precision, {"split": names})
     nb.fit(run, split)
     run.model = nb.load_model(Path(config.save_dir) / nb.BEST_FILES["iou"], device)
     return run
@@ -35,7 +35,7 @@ def judge(nb, config, run, tiles):
     """Roof IoU on tiles, at the model's resolution and threshold 0.5."""
     loader = nb.make_loader(nb.RooftopDataset(tiles, config), run.device)
     loss_fn = nb.CombinedLoss(config.ce_weight, config.dice_weight)
-    return nb.evaluate(run, loader, loss_fn)["iou"]
+    return nb.one_pass(run, loader, loss_fn)[0]["iou"]
 
 
 def halves(tiles, rng):

@@ -3,7 +3,7 @@
 usage: python tests/benchmarks/training.py [path/to/tiles]
            [--tiles 64] [--batch 8] [--side 256] [--rounds 3]
 
-Per round, on the same tiles, model and settings: (a) an epoch of the notebook's train_one_epoch, with
+Per round, on the same tiles, model and settings: (a) an epoch of the notebook's one_pass, with
 reading, augmentation and running metrics, then a validation and a checkpoint, timed apart; (b) the
 model step alone on one batch that stays on the device; (c) an epoch of a plain loop that decodes every
 tile in the main process and computes in fp32. Without a folder the notebook's sample is used.
@@ -83,22 +83,22 @@ def main():
     judged = nb.RooftopDataset(tiles[: max(2, len(tiles) // 18)], config)
     held_out = nb.make_loader(judged, device)
     loss_fn = nb.CombinedLoss(config.ce_weight, config.dice_weight)
-    run, plain = (nb.start_run(config, device, name, {}) for name in (precision, "fp32"))
+    run, plain = (nb.Run(config, device, name, {}) for name in (precision, "fp32"))
     plain.optimizer = torch.optim.AdamW(plain.model.parameters(), config.learning_rate)
-    images, labels, _ = next(iter(loader))
+    images, labels = next(iter(loader))
     batch = (images.to(device, memory_format=torch.channels_last), labels.to(device))
     run.history.append({"epoch": 1, "val_loss": 1.0, "val_iou": 0.5})
     steps = len(loader)
     print(f"{len(tiles)} tiles, {steps} batches of {words.batch} a round,", end=" ")
     print(f"{words.side} px, {device}, {precision}")
-    nb.train_one_epoch(run, loader, loss_fn)  # warm-up: processes start, kernels are chosen
+    nb.one_pass(run, loader, loss_fn)  # warm-up: processes start, kernels are chosen
     bare_steps(nb, run, batch, 2, loss_fn)
     rows = []
     for _ in range(words.rounds):
-        notebook = timed(lambda: nb.train_one_epoch(run, loader, loss_fn), device)
+        notebook = timed(lambda: nb.one_pass(run, loader, loss_fn), device)
         bare = timed(lambda: bare_steps(nb, run, batch, steps, loss_fn), device)
         slow = timed(lambda: plain_epoch(plain, train, words.batch, loss_fn), device)
-        validation = timed(lambda: nb.evaluate(run, held_out, loss_fn), device)
+        validation = timed(lambda: nb.one_pass(run, held_out, loss_fn), device)
         saving = timed(lambda: nb.finish_epoch(run, ["iou", "loss"]), device)
         rows.append((notebook, bare, slow, validation, saving))
         print("  " + "  ".join(f"{seconds:7.2f} s" for seconds in rows[-1]), flush=True)
