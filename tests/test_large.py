@@ -235,8 +235,8 @@ def test_a_tile_of_many_windows_is_scored_as_one(nb, settings, whole):
         save(Path(settings["root"]) / settings[folder] / f"a_1{end}.png", 255 * pixels)
     (tile,), config = verified(nb, settings)
     predictor = nb.Predictor([Lookup()], config, CPU, "fp32", tta=True)
-    (scored,) = nb.score_tiles(predictor, [tile])
-    hits, true, found, both, either, matched, pieces, found_pieces = scored.counts
+    (counts,), _, _ = nb.score_tiles(predictor, [tile])
+    hits, true, found, both, either, matched, pieces, found_pieces = counts
     assert hits.tolist() == true.tolist() == found.tolist() and hits.sum() == label.size
     count = nb.cv2.connectedComponents(label)[0] - 1
     assert matched[1] == pieces[1] == found_pieces[1] == count and (both == either).all()

@@ -398,16 +398,18 @@ def test_memory_estimate_grows_with_the_batch(nb, settings):
 @pytest.mark.parametrize("precision", ["fp32", "bf16"])
 def test_memory_estimate_is_near_what_a_step_takes(nb, settings, precision):
     """Measured: the memory held between forward and backward, as PyTorch reports allocations."""
-    model = nb.build_model(nb.make_config(**settings))
-    images = torch.randn(4, 3, 128, 128).to(memory_format=torch.channels_last)
+    config = nb.make_config(**settings | {"image_size": 128})
+    model, images = nb.build_model(config), torch.randn(config.batch_size, 3, 128, 128)
+    images = images.to(memory_format=torch.channels_last)
     with torch.profiler.profile(profile_memory=True) as profile, nb.autocast(CPU, precision):
         model(images).float().sum()
         logits = model(images)  # what the second forward holds is still held when the profile ends
     held = sum(event.self_cpu_memory_usage for event in profile.key_averages())
-    seconds, kept = nb.step_cost(model, precision, images)
-    copy = 0 if precision == "fp32" else nb.BYTES_A_WEIGHT - 16  # bytes a weight
-    estimate = len(images) * kept + copy * sum(p.numel() for p in model.parameters())
-    assert logits.requires_grad and 0.8 < estimate / held < 1.25 and seconds > 0
+    costs = nb.try_model(config, CPU, [precision]).loc[precision]
+    beside = 16 if precision == "bf16" else nb.BYTES_A_WEIGHT  # bytes a weight beside its copy
+    weights = sum(p.numel() for p in model.parameters())
+    estimate = 2**30 * costs["GiB a batch"] - beside * weights
+    assert logits.requires_grad and 0.8 < estimate / held < 1.25 and costs["seconds a window"] > 0
 
 
 def test_the_model_of_section_3_is_gone_when_its_costs_are_known(nb, settings, monkeypatch):

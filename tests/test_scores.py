@@ -3,6 +3,7 @@
 import json
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 
 import cv2
 import numpy as np
@@ -35,7 +36,6 @@ def test_boundary_is_what_its_authors_define(nb, shape):
     for mask in (true, predicted):
         depth = ndimage.distance_transform_cdt(np.pad(mask, 1), "chessboard")[1:-1, 1:-1]
         bands.append(mask & (depth <= width))
-    assert np.array_equal(nb.boundary(true, width), bands[0])
     counts = (bands[0] & bands[1]).sum(), (bands[0] | bands[1]).sum()
     assert nb.boundary_counts(true, predicted) == counts
 
@@ -105,6 +105,12 @@ def counts_of(nb, label, roof, threshold=0.5):
     return nb.count_tile(label.astype(np.uint8), nb.classify(probability, threshold), 2)
 
 
+def named(nb, counts, names, scenes=(0,)):
+    """What metrics.json holds of the counts (N, 8, C) of tiles in scenes, or (8, C) of one."""
+    config = SimpleNamespace(class_names=names, seed=42)
+    return nb.make_metrics(counts.reshape(-1, 8, len(names)), list(scenes), config)
+
+
 def histogram_of(nb, label, roof):
     return nb.roof_histogram(label.astype(np.uint8), roof.astype(np.float32))
 
@@ -122,7 +128,7 @@ def test_scorecard_by_hand(nb):
     label[2:6, 2:6] = 1
     roof = np.zeros((10, 10))
     roof[2:6, 4:8] = 0.9  # half of the 16 pixels found, 8 false alarms
-    card = nb.by_name(nb.scorecard(counts_of(nb, label, roof)), NAMES)
+    card = named(nb, counts_of(nb, label, roof), NAMES)
     assert card["iou"] == {"rooftop": 8 / 24, "background": 76 / 92}
     assert [card[name]["rooftop"] for name in ("precision", "recall", "f1")] == [0.5, 0.5, 0.5]
     assert card["pixel_accuracy"] == 84 / 100 and card["roof_area_error"] == 0
@@ -152,24 +158,30 @@ def test_ignored_pixels_count_nowhere(nb):
 
 def test_classes_that_do_not_occur_are_left_out(nb):
     empty = counts_of(nb, np.zeros((8, 8)), np.zeros((8, 8)))
-    card = nb.by_name(nb.scorecard(empty), NAMES)
+    card = named(nb, empty, NAMES)
     assert card["iou"] == {"background": 1.0} and card["object_f1"] == {}
     assert card["roof_area_error"] is None and card["roof_iou"] is None
     assert card["boundary_iou"] == {"background": 1.0} and card["miou"] == 1.0
 
 
-def test_by_name_leaves_out_what_there_is_not(nb):
+def test_metrics_leave_out_what_there_is_not(nb):
     """Of a class: its name. Of all classes: None. Alike for a figure and for both of its ends."""
-    gap = np.nan
-    metrics = {"iou": np.array([0.5, gap, 0]), "roof_iou": np.array(gap), "miou": np.array(0.25)}
-    plain = nb.by_name(metrics, ["ground", "roof", "water"])
-    assert plain == {"iou": {"ground": 0.5, "water": 0.0}, "roof_iou": None, "miou": 0.25}
-    ends = {"f1": np.array([[0.1, gap], [0.3, gap]]), "miou": np.array([0, 1.0])}
-    ends |= {"roof_area_error": np.array([gap, gap])}
-    plain |= nb.by_name(ends, NAMES)
-    assert plain["f1"] == {"background": [0.1, 0.3]} and plain["miou"] == [0, 1]
-    assert plain["roof_area_error"] is None
-    assert json.loads(json.dumps(plain, allow_nan=False)) == plain
+    label, names = np.zeros((2, 8, 8), np.uint8), ["ground", "roof", "water"]
+    label[0, 2:6, 2:6], label[1, :4] = 2, nb.IGNORE_INDEX
+    card = named(nb, np.stack([nb.count_tile(one, 0 * one, 3) for one in label]), names, (0, 1))
+    for figures in (card, card["intervals"]):
+        assert set(figures["iou"]) == {"ground", "water"} and set(figures["object_f1"]) == {"water"}
+        assert figures["roof_iou"] is not None
+    assert card["iou"] == {"ground": 80 / 96, "water": 0.0} and card["roof_iou"] == 0
+    assert card["intervals"]["f1"]["water"] == [0, 0] and card["roof_area_error"] == -1
+    assert card["roof_area_error_by_tile"] == [-1, -1, -1]  # of the only tile with a roof
+    empty = named(nb, np.stack([nb.count_tile(0 * label[0], 0 * label[0], 3)] * 2), names, (0, 1))
+    for figures in (empty, empty["intervals"]):
+        assert figures["roof_iou"] is None and figures["roof_area_error"] is None
+        assert figures["object_f1"] == {} and set(figures["iou"]) == {"ground"}
+    assert empty["roof_area_error_by_tile"] is None
+    for of in (card, empty):
+        assert json.loads(json.dumps(of, allow_nan=False)) == of
 
 
 def test_counts_of_a_set_are_added_before_they_are_divided(nb):
@@ -202,7 +214,7 @@ def test_three_classes_are_scored_one_by_one(nb):
     label, predicted = rng.integers(0, 3, (2, 40, 40))
     probability = np.eye(3)[predicted].transpose(2, 0, 1).astype(np.float32)
     counts = nb.count_tile(label.astype(np.uint8), nb.classify(probability, None), 3)
-    card = nb.by_name(nb.scorecard(counts), names)
+    card = named(nb, counts, names)
     for number, name in enumerate(names):
         one, other = label == number, predicted == number
         assert card["iou"][name] == pytest.approx((one & other).sum() / (one | other).sum())
@@ -403,7 +415,7 @@ def test_intervals_agree_with_scipy(nb, settings):
     rng = np.random.default_rng(1)
     counts = striped(nb, rng.uniform(0, 0.6, 40), lambda order: rng.random(order.shape))
     accuracies = counts[:, 0, 0] / 100
-    found = nb.intervals(counts, [0] * 40, settings["seed"])["pixel_accuracy"]
+    found = named(nb, counts, NAMES, [0] * 40)["intervals"]["pixel_accuracy"]
     expected = stats.bootstrap(
         [accuracies], np.mean, method="percentile", rng=np.random.default_rng(2)
     ).confidence_interval
@@ -416,43 +428,63 @@ def test_intervals_are_drawn_over_scenes_where_there_are_ten(nb, settings):
     counts = striped(nb, np.repeat(np.random.default_rng(1).uniform(0, 0.6, 10), 4))
 
     def ends(*scenes):
-        return nb.intervals(counts, np.repeat(*scenes).tolist(), settings["seed"])["pixel_accuracy"]
+        return named(nb, counts, NAMES, np.repeat(*scenes))["intervals"]["pixel_accuracy"]
 
     wide, narrow = ends(range(10), 4), ends(range(5), 8)  # five scenes: over tiles
     assert np.diff(wide) > 1.6 * np.diff(narrow)
     assert np.array_equal(wide, ends(range(10), 4))
 
 
-def test_intervals_have_the_names_of_the_scorecard(nb, settings):
+def test_intervals_have_the_names_of_the_scorecard(nb):
     """They enclose its figures, and are missing where those are."""
     counts = random_counts(nb)
-    ends = nb.intervals(counts, range(len(counts)), settings["seed"])
-    card = nb.scorecard(counts.sum(0))
-    assert set(card) == set(ends)
-    for metric, value in card.items():
-        low, high = ends[metric]
-        assert np.shape(low) == np.shape(high) == np.shape(value)
-        there = np.isfinite(value)
-        assert np.array_equal(there, np.isfinite(low)) and np.array_equal(there, np.isfinite(high))
-        assert (low <= value)[there].all() and (value <= high)[there].all()
+    card = named(nb, counts, NAMES, range(len(counts)))
+    assert set(nb.scorecard(counts)) == set(card["intervals"])
+    for metric, ends in card["intervals"].items():
+        values = card[metric] if isinstance(card[metric], dict) else {"": card[metric]}
+        ends = ends if isinstance(ends, dict) else {"": ends}
+        assert values and set(values) == set(ends)
+        assert all(ends[name][0] <= value <= ends[name][1] for name, value in values.items())
     roofless = np.stack([counts_of(nb, np.zeros((8, 8)), np.zeros((8, 8)))] * 4)
-    ends = nb.by_name(nb.intervals(roofless, range(4), settings["seed"]), NAMES)
+    ends = named(nb, roofless, NAMES, range(4))["intervals"]
     assert ends["roof_area_error"] is None and ends["iou"] == {"background": [1.0, 1.0]}
 
 
 # ---- label suspects
 
 
-def test_suspects_are_whole_objects_over_which_a_sure_model_and_the_label_disagree(nb):
+def test_suspects_are_areas_where_a_sure_model_and_the_label_disagree(nb):
     label, roof = np.zeros((60, 60), np.uint8), np.full((60, 60), 0.02)
     label[5:15, 5:15] = 1  # labelled, and the model is sure there is none
     roof[30:40, 30:42] = 0.97  # claimed with certainty, not in the label
-    label[45:55, 5:15], roof[45:55, 5:15] = 1, 0.95  # agreed
+    label[45:55, 5:15], roof[45:55, 3:15] = 1, 0.95  # agreed but for a sliver along the outline
     roof[5:15, 40:50] = 0.7  # claimed without certainty
-    roof[55:58, 50:53] = 0.99  # too small
-    label[20:24, 40:55], roof[20:24, 40:55] = nb.IGNORE_INDEX, 0.99
-    found = sorted(nb.find_suspects("tile", label, roof), key=lambda suspect: suspect[3])
-    assert found == [
-        ("tile", "no roof? p = 0.02", (5, 5, 10, 10), 100),
-        ("tile", "roof not in label? p = 0.97", (30, 30, 12, 10), 120),
-    ]
+    roof[53:59, 50:56] = 0.99  # too small
+    label[20:26, 40:55], roof[20:26, 40:55] = nb.IGNORE_INDEX, 0.99
+    found = sorted(nb.find_suspects("tile", label, roof), key=lambda suspect: suspect[1])
+    assert found == [("tile", 100, [5, 5, 10, 10]), ("tile", 120, [30, 30, 12, 10])]
+
+
+def test_the_box_of_a_suspect_is_in_the_picture_whatever_the_size_of_the_tile(
+    nb, settings, monkeypatch
+):
+    """A row shows the whole tile, or what lies round the box."""
+    image, label = np.full((900, 1300, 3), 9, np.uint8), np.zeros((900, 1300), np.uint8)
+    rows = []
+    monkeypatch.setattr(nb, "read_tile", lambda tile, config: (image, label))
+    monkeypatch.setattr(nb, "is_cut", lambda tile, config: True)
+    monkeypatch.setattr(nb, "show_grid", lambda *words: rows.append(words))
+    model = nn.Conv2d(3, 2, 1)
+    predictor = nb.Predictor([model], nb.make_config(**settings), CPU, "fp32")
+    tile = SimpleNamespace(name="images/a_1.png")
+    shown = nb.pd.DataFrame([(tile, 120, [1000, 700, 12, 10])], columns=["tile", "pixels", "box"])
+    nb.show_predictions(shown, predictor)
+    nb.show_predictions(shown[["tile", "pixels"]], predictor)
+    nb.show_predictions(shown[:0], predictor)
+    (pictures, titles, _, count), (whole, *_) = rows
+    assert count == 1 and titles == ["a_1", "truth", "prediction", "pixels 120"]
+    assert all(picture.shape == image.shape for picture in whole)
+    assert {picture.shape for picture in pictures} == {(456, 512, 3)}
+    white = np.argwhere((pictures[3] == 255).all(2))
+    assert 0 < white[:, 0].min() < white[:, 0].max() < 455 and len(white) < 200
+    assert (whole[3] != 255).any(2).all()
