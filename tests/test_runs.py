@@ -15,6 +15,7 @@ import nbtools
 
 FILES = {"rooftop_best_model_iou.pt", "rooftop_best_model_loss.pt", "rooftop_last.pt"}
 FILES |= {"metrics.json", "split.json", "history.csv", "dataset_report.csv"}
+FILES |= {"cache", "rooftop.onnx"}
 QUICK = {"encoder_name": "resnet18", "encoder_weights": None}
 
 
@@ -41,10 +42,12 @@ def test_sample_from_nothing(tmp_path, monkeypatch):
     assert "NO DATA FOUND" in text and "26,677,842 parameters" in text
     assert "Warning" not in text  # of a library, for our own misuse
     folder = tmp_path / "saved_models" / "sample"
-    assert {path.name for path in folder.iterdir()} == FILES
+    assert {path.name for path in folder.iterdir()} == FILES | {"scenes"}
+    made = {path.name for path in (folder / "scenes").iterdir()}
+    assert made == {"suburb_mask.tif", "suburb_roofs.gpkg", "suburb_roofs.geojson"}
     assert {path.name for path in tmp_path.iterdir()} == {"dataset", "saved_models"}
     always = {"sample-run", "look-tiles", "look-augmented", "curves-run", "threshold-curve"}
-    always |= {"meaning-run"}
+    always |= {"meaning-run", "show-scene-run"}
     always |= {"show-random", "show-worst"}
     drawn = pictures(notebook)
     assert always <= drawn.keys() <= always | {"show-suspects"} and set(drawn.values()) == {1}

@@ -1,0 +1,218 @@
+"""Section 13: a scene of any size becomes a mask, without seams, and goes on where it was cut off."""
+
+import json
+from pathlib import Path
+
+import numpy as np
+import pytest
+import rasterio
+import torch
+from faulty import save, save_tiff
+from rasterio.transform import from_origin
+
+CPU = torch.device("cpu")
+UTM = {"crs": "EPSG:32633", "transform": from_origin(500_000, 6_400_000, 0.3, 0.3)}
+PLAIN = {"scales": {"uint8": [0, 255]}, "ground_resolution": None}
+
+
+class Bright(torch.nn.Module):
+    """A model that is sure of roof where the image is bright."""
+
+    def forward(self, images):
+        roof = 20.0 * (images.mean(1) > 0) - 10
+        return torch.stack([-roof, roof], 1)
+
+
+class Constant(torch.nn.Module):
+    """A model that says 0.3 everywhere."""
+
+    def forward(self, images):
+        probability = torch.full_like(images[:, 0], 0.3)
+        return torch.stack([torch.log(1 - probability), torch.log(probability)], 1)
+
+
+@pytest.fixture
+def predictor(nb, settings):
+    """A function that makes a predictor of a model."""
+
+    def make(model=None, **changes):
+        config = nb.make_config(**settings | {"batch_size": 8})
+        options = {"tta": False, "threshold": 0.5} | changes
+        return nb.Predictor([model or Bright()], config, CPU, "fp32", **options)
+
+    return make
+
+
+def town(height, width, seed=0):
+    """An image (H, W, 3) that is bright on roofs, and these (H, W) bool."""
+    rng, roofs = np.random.default_rng(seed), np.zeros((height, width), bool)
+    for _ in range(max(2, height * width // 1500)):
+        y, x = rng.integers(0, height), rng.integers(0, width)
+        roofs[y : y + 12, x : x + 17] = True
+    return np.where(roofs, 230, 20).astype(np.uint8)[..., None].repeat(3, 2), roofs
+
+
+def read(mask):
+    with rasterio.open(mask) as file:
+        facts = {"layout": file.tags(ns="IMAGE_STRUCTURE").get("LAYOUT"), "grid": file.transform}
+        return file.read(), facts | {"crs": file.crs, "scales": file.scales, "nodata": file.nodata}
+
+
+@pytest.mark.parametrize(("height", "width"), [(150, 333), (64, 64), (200, 20), (20, 200), (90, 1)])
+@pytest.mark.parametrize("suffix", [".tif", ".png"])
+def test_every_pixel_of_a_scene_is_predicted_like_any_other(
+    nb, tmp_path, predictor, height, width, suffix
+):
+    image, roofs = town(height, width)
+    path = tmp_path / f"town{suffix}"
+    if suffix == ".tif":
+        save_tiff(path, np.moveaxis(image, 2, 0), **UTM)
+    else:
+        save(path, image)
+    (found, probability), file = read(nb.map_scene(path, predictor(), PLAIN))
+    assert np.array_equal(found, roofs)
+    assert np.array_equal(probability > 125, roofs) and set(np.unique(probability)) <= {0, 250}
+    assert file["scales"] == (1, 1 / 250) and file["nodata"] == 255 and file["layout"] == "COG"
+    if suffix == ".tif":
+        assert (file["crs"], file["grid"]) == (UTM["crs"], UTM["transform"])
+
+
+def test_blending_adds_up_to_one_everywhere(nb, tmp_path, predictor):
+    save(tmp_path / "a.png", town(170, 210)[0])
+    (_, probability), _ = read(nb.map_scene(tmp_path / "a.png", predictor(Constant()), PLAIN))
+    assert set(np.unique(probability)) == {75}
+
+
+@pytest.mark.parametrize("row", [0, 1, 3, 5])
+def test_a_map_that_was_cut_off_goes_on_and_is_the_same(
+    nb, tmp_path, settings, predictor, monkeypatch, row
+):
+    model = nb.build_model(nb.make_config(**settings)).eval()
+    save(tmp_path / "a.png", np.random.default_rng(0).integers(0, 255, (333, 150, 3), np.uint8))
+    whole, _ = read(nb.map_scene(tmp_path / "a.png", predictor(model), PLAIN))
+    Path(settings["save_dir"], "scenes", "a_mask.tif").unlink()
+    calls, predict_row = [], nb.predict_row
+
+    def counted(view, y, *words):
+        calls.append(y)
+        if len(calls) == row + 1:
+            raise KeyboardInterrupt
+        return predict_row(view, y, *words)
+
+    monkeypatch.setattr(nb, "predict_row", counted)
+    with pytest.raises(KeyboardInterrupt):
+        nb.map_scene(tmp_path / "a.png", predictor(model), PLAIN)
+    again, _ = read(nb.map_scene(tmp_path / "a.png", predictor(model), PLAIN))
+    rows = len(nb.tapers(333, 64))
+    assert np.array_equal(whole, again) and len(calls) == rows + 1 + min(2, row)
+    folder = Path(settings["save_dir"], "scenes")
+    assert [path.name for path in folder.iterdir()] == ["a_mask.tif"]
+
+
+def test_what_is_mapped_is_not_mapped_again_unless_something_changed(
+    nb, tmp_path, predictor, monkeypatch
+):
+    path = tmp_path / "a.png"
+    save(path, town(100, 100)[0])
+    calls, map_rows = [], nb.map_rows
+    monkeypatch.setattr(nb, "map_rows", lambda *words: calls.append(1) or map_rows(*words))
+    for changes, count in (({}, 1), ({}, 1), ({"threshold": 0.4}, 2), ({"tta": True}, 3)):
+        nb.map_scene(path, predictor(**changes), PLAIN)
+        assert len(calls) == count
+    save(path, town(100, 120, 1)[0])
+    nb.map_scene(path, predictor(tta=True), PLAIN)
+    assert len(calls) == 4
+
+
+def test_what_a_scene_does_not_show_has_no_data(nb, tmp_path, predictor):
+    image, roofs = town(150, 200)
+    clear = np.dstack([image, np.full((150, 200), 255, np.uint8)])
+    clear[:40, :, 3] = 0
+    save(tmp_path / "a.png", clear)
+    (found, probability), _ = read(nb.map_scene(tmp_path / "a.png", predictor(), PLAIN))
+    assert (found[:40] == 255).all() and (probability[:40] == 255).all()
+    assert np.array_equal(found[40:], roofs[40:])
+
+
+@pytest.mark.parametrize("factor", [0.5, 2, 1.1])
+def test_a_scene_of_another_resolution_is_read_at_that_of_the_training(
+    nb, tmp_path, predictor, monkeypatch, capsys, factor
+):
+    image, roofs = town(240, 300)
+    image, roofs = (of.repeat(2, 0).repeat(2, 1) for of in (image, roofs))
+    save_tiff(tmp_path / "a.tif", np.moveaxis(image, 2, 0), **UTM)
+    seen, map_rows = [], nb.map_rows
+    monkeypatch.setattr(
+        nb, "map_rows", lambda view, *words: seen.append(view.shape) or map_rows(view, *words)
+    )
+    data = PLAIN | {"ground_resolution": 0.3 / factor}
+    (found, _), file = read(nb.map_scene(tmp_path / "a.tif", predictor(), data))
+    near = 1 if factor == 1.1 else factor
+    assert np.allclose(seen[0], np.multiply([480, 600], near), atol=2)
+    assert ("it is read resampled" in capsys.readouterr().out) == (factor != 1.1)
+    assert found.shape == roofs.shape and (found == roofs).mean() > 0.97
+    assert file["grid"] == UTM["transform"]
+
+
+def test_the_resolution_of_the_training_comes_from_the_tiles(nb, settings):
+    for n in range(4):
+        grid = UTM | {"transform": from_origin(500_000 + 1000 * n, 6_400_000, 0.3, 0.3)}
+        image, roofs = town(100, 100, n)
+        root = Path(settings["root"])
+        save_tiff(root / f"images/images/a_{n}.tif", np.moveaxis(image, 2, 0), **grid)
+        save_tiff(root / f"label/label/a_{n}_label.tif", np.uint8(255 * roofs)[None], **grid)
+    tiles, config = {}, {}
+    for mode in ("tile", "resize"):
+        config[mode] = nb.make_config(**settings | {"large_images": mode})
+        tiles[mode] = nb.verify_dataset(config[mode])[0]
+    assert nb.trained_resolution(tiles["tile"], config["tile"]) == pytest.approx(0.3, rel=0.005)
+    resized = nb.trained_resolution(tiles["resize"], config["resize"])
+    assert resized == pytest.approx(0.3 * 100 / 64, rel=0.005)  # as the model sees it
+    assert nb.trained_resolution([], config["tile"]) is None
+    known = nb.replace(config["tile"], ground_resolution=0.5)
+    assert nb.trained_resolution(tiles["tile"], known) == 0.5
+
+
+def test_other_pixels_are_scaled_as_in_training_or_refused(nb, tmp_path, predictor):
+    image, roofs = town(100, 100)
+    save_tiff(tmp_path / "a.tif", np.moveaxis(image, 2, 0).astype(np.uint16) * 16, **UTM)
+    with pytest.raises(ValueError, match=r"a\.tif has uint16 pixels, the model was trained on"):
+        nb.map_scene(tmp_path / "a.tif", predictor(), PLAIN)
+    data = PLAIN | {"scales": {"uint16": [0, 255 * 16]}}
+    assert np.array_equal(read(nb.map_scene(tmp_path / "a.tif", predictor(), data))[0][0], roofs)
+
+
+@pytest.mark.parametrize("how", ["truncated", "empty", "text", "complex"])
+def test_a_scene_that_cannot_be_read_is_named(nb, tmp_path, predictor, how):
+    path = tmp_path / "a.png"
+    save(path, np.random.default_rng(0).integers(0, 255, (200, 200, 3), np.uint8))
+    data = path.read_bytes()
+    path.write_bytes({"truncated": data[:9000], "empty": b"", "text": b"no"}.get(how, data))
+    if how == "complex":
+        path = tmp_path / "a.tif"
+        save_tiff(path, np.ones((1, 50, 50), np.complex64))
+    with pytest.raises(ValueError, match=rf"a\{path.suffix}"):
+        nb.map_scene(path, predictor(), PLAIN)
+
+
+def test_a_south_up_scene_keeps_its_grid(nb, tmp_path, predictor):
+    image, roofs = town(120, 150)
+    grid = rasterio.Affine(0.3, 0, 500_000, 0, 0.3, 6_400_000)
+    save_tiff(tmp_path / "a.tif", np.moveaxis(image, 2, 0), crs="EPSG:32633", transform=grid)
+    mask = nb.map_scene(tmp_path / "a.tif", predictor(), PLAIN)
+    (found, _), file = read(mask)
+    assert file["grid"] == grid and np.array_equal(found, roofs)
+    assert len(nb.find_roofs(mask, 0))
+
+
+def test_a_folder_of_scenes_is_measured_and_scored(nb, tmp_path, settings, predictor):
+    nb.write_sample_scene(tmp_path)
+    (path,) = nb.find_files(
+        nb.make_config(**settings | {"root": str(tmp_path), "images_dir": "."}), "images_dir"
+    )[0]
+    roofs, row = nb.map_and_measure(path, predictor(), PLAIN)
+    assert row["roofs"] == len(roofs) and row["unit"] == "m²" and 0 <= row["recall"] <= 1
+    made = {file.name for file in Path(settings["save_dir"], "scenes").iterdir()}
+    assert made == {"suburb_mask.tif", "suburb_roofs.gpkg", "suburb_roofs.geojson"}
+    held = json.loads(Path(settings["save_dir"], "scenes/suburb_roofs.geojson").read_text())
+    assert len(held["features"]) == len(roofs)
