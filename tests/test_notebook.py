@@ -146,7 +146,10 @@ def test_no_definition_reads_a_notebook_variable(tmp_path):
     assert result.returncode == 0, result.stdout
 
 
-@pytest.mark.parametrize("pattern", ["except:", "filterwarnings", r"^\s*[!%]", "/home/", "/work/"])
+FILTER = r"^ {0,4}\w.*filterwarnings"  # one that lasts longer than a single call
+
+
+@pytest.mark.parametrize("pattern", ["except:", FILTER, r"^\s*[!%]", "/home/", "/work/"])
 def test_forbidden(pattern):
     found = [cell.id for cell in CODE if re.search(pattern, cell.source, flags=re.M)]
     assert not found
