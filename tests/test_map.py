@@ -207,12 +207,25 @@ def test_a_south_up_scene_keeps_its_grid(nb, tmp_path, predictor):
 
 def test_a_folder_of_scenes_is_measured_and_scored(nb, tmp_path, settings, predictor):
     nb.write_sample_scene(tmp_path)
-    (path,) = nb.find_files(
-        nb.make_config(**settings | {"root": str(tmp_path), "images_dir": "."}), "images_dir"
-    )[0]
+    (path,) = nb.scene_files(nb.make_config(**settings | {"scenes": str(tmp_path)}))
     roofs, row = nb.map_and_measure(path, predictor(), PLAIN)
     assert row["roofs"] == len(roofs) and row["unit"] == "m²" and 0 <= row["recall"] <= 1
     made = {file.name for file in Path(settings["save_dir"], "scenes").iterdir()}
     assert made == {"suburb_mask.tif", "suburb_roofs.gpkg", "suburb_roofs.geojson"}
     held = json.loads(Path(settings["save_dir"], "scenes/suburb_roofs.geojson").read_text())
     assert len(held["features"]) == len(roofs)
+
+
+def test_scenes_are_a_folder_or_one_file_and_have_names_of_their_own(nb, tmp_path, settings):
+    def scenes(path):
+        return nb.scene_files(nb.make_config(**settings | {"scenes": str(path)}))
+
+    folder = tmp_path / "scenes [2024]"
+    for name in ("b.png", "a.tif", "deep/c.jpg", "notes.txt", "thumb_1.png"):
+        save(folder / name, town(30, 30)[0]) if "txt" not in name else (folder / name).touch()
+    assert [path.name for path in scenes(folder)] == ["a.tif", "b.png", "c.jpg"]
+    assert scenes(folder / "b.png") == [folder / "b.png"]
+    assert scenes(tmp_path / "nowhere") == []
+    save(folder / "b.tif", town(30, 30)[0])
+    with pytest.raises(ValueError, match="another scene is called b too; rename one"):
+        scenes(folder)

@@ -399,6 +399,71 @@ def test_photographs_are_turned_as_their_camera_says(nb, settings, verify, turn,
         assert abs(nb.read_tile(tile, config)[0].astype(int) - upright[n]).mean() < 8
 
 
+def test_a_georeferenced_image_is_not_turned(nb, settings, verify):
+    """Its grid says how it lies, whatever an orientation tag says."""
+    root = Path(settings["root"])
+    for n in range(4):
+        exif = Image.Exif()
+        exif[0x112] = 3
+        path = root / f"images/images/area{n}_1.jpg"
+        save(path, photo(n), quality=100, subsampling=0, exif=exif)
+        x, _, left, _, y, top, *_ = spot(n)["transform"]
+        corner = [x, 0, 0, y, left + x / 2, top + y / 2]
+        path.with_suffix(".jgw").write_text("\n".join(map(str, corner)))
+        save(root / f"label/label/area{n}_1_label.png", np.uint8(255 * roofs(n)))
+    tiles, report, config = verify()
+    assert not any(nb.open_raster(tile.image).transform.is_identity for tile in tiles)
+    for tile in tiles:
+        truth = photo(int(tile.key[4])).astype(int)
+        assert abs(nb.read_tile(tile, config)[0].astype(int) - truth).mean() < 8
+
+
+@pytest.mark.parametrize("bits", [2, 4])
+def test_images_of_few_bits_are_not_dark(nb, write, verify, bits):
+    def image(path, pixels, n):
+        grey = pixels[None, ..., 0] >> (8 - bits)
+        save_tiff(path.with_suffix(".tif"), grey, nbits=bits)
+
+    write(image=image)
+    tiles, _, config = verify()
+    assert max(nb.read_tile(tile, config)[0].max() for tile in tiles) > 200
+
+
+def test_infrared_called_alpha_beside_missing_numbers(nb, write, verify):
+    def image(path, pixels, n):
+        bands = four(pixels).astype(np.float32)
+        bands[:, :8] = np.nan
+        save_tiff(path.with_suffix(".tif"), bands, photometric="RGB", alpha="YES")
+
+    write(image=image)
+    tiles, _, config = verify()
+    for tile in tiles:
+        pixels, label = nb.read_tile(tile, config)
+        assert (label[:8] == nb.IGNORE_INDEX).all() and (label[8:] != nb.IGNORE_INDEX).all()
+
+
+def test_a_tile_that_was_saved_many_times_stops_nothing(nb, settings, verify, monkeypatch):
+    """Pairs that are equal in every pixel are read side by side, and write no file in common."""
+    root, kept, keep_pixels = Path(settings["root"]), [], nb.keep_pixels
+    monkeypatch.setattr(
+        nb, "keep_pixels", lambda *words: kept.append(keep_pixels(*words)) or kept[-1]
+    )
+    for n in range(200):
+        save(root / f"images/images/area{n}_1.png", photo(n // 40))
+        save(root / f"label/label/area{n}_1_label.png", np.uint8(255 * roofs(n // 40)))
+    tiles, report, _ = verify()
+    assert len(tiles) == 5 and (report["kind"] == "identical images").sum() == 195
+    assert len(kept) == len(set(kept)) == 200
+
+
+def test_edges_of_three_classes_of_which_one_is_absent_are_ignored(nb, write, verify):
+    write(png(smoothed))
+    three = {"num_classes": 3, "class_names": ["ground", "roof", "pool"]}
+    tiles, _, config = verify(**three, class_values=[0, 255, 7])
+    read = np.concatenate(labels_read(nb, tiles, config))
+    assert set(np.unique(read)) == {0, 1, nb.IGNORE_INDEX}
+
+
 # ---- pairs
 
 
