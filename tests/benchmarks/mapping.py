@@ -1,0 +1,121 @@
+"""How fast section 13 maps, beside its model alone, and what memory it takes; prints figures.
+
+usage: python tests/benchmarks/mapping.py [--model best.pt --scene scene.tif [--tta] [--rounds 2]]
+           [--sides 4096 16384 30000]
+
+Speed: megapixels a second of the whole section (mask, outlines, files) for a scene, and of the model
+alone on as many windows, resident, in the same batches; and their ratio. Memory: scenes of the sample's
+roofs are mapped, each in a process of its own, by a model that does next to nothing; peak memory above
+what the process held before.
+"""
+
+import argparse
+import json
+import resource
+import subprocess
+import sys
+import tempfile
+import time
+from pathlib import Path
+
+import numpy as np
+import pandas as pd
+import psutil
+import rasterio
+import torch
+from rasterio.windows import Window
+
+sys.path.insert(0, str(Path(__file__).parents[1]))
+import nbtools
+
+FACTS = {"scales": {}, "ground_resolution": None}
+GRID = {"driver": "GTiff", "count": 3, "dtype": "uint8", "crs": "EPSG:32633"}
+GRID |= {"transform": rasterio.Affine(0.3, 0, 500_000, 0, -0.3, 6_400_000)}
+
+
+class Bright(torch.nn.Module):
+    """Calls roof what is bright: (B, 3, S, S) -> (B, 2, S, S) logits."""
+
+    def forward(self, images: torch.Tensor) -> torch.Tensor:
+        return torch.cat([-images[:, :1], images[:, :1]], 1)
+
+
+def speed(model: Path, scene: Path, tta: bool) -> dict:
+    """Megapixels a second of the section and of the model alone."""
+    nb, device = nbtools.load(), torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    with tempfile.TemporaryDirectory() as folder:
+        settings = nbtools.settings() | {"model": str(model), "save_dir": folder}
+        config = nb.make_config(**settings)
+        saved, precision = nb.load_checkpoint(model), nb.choose_precision("auto", device)
+        predictor = nb.Predictor([nb.load_model(model, device)], config, device, precision, tta=tta)
+        predictor = nb.replace(predictor, threshold=saved.get("threshold", 0.5))
+        with rasterio.open(scene) as file:
+            rows, columns = (nb.tapers(side, config.image_size) for side in file.shape)
+            megapixels = file.width * file.height / 1e6
+        windows = torch.randn(len(columns), 3, config.image_size, config.image_size)
+        predictor(windows)  # warms up
+        started = time.perf_counter()
+        for _ in rows:
+            predictor(windows)
+        alone = time.perf_counter() - started
+        started = time.perf_counter()
+        roofs, _ = nb.map_and_measure(scene, predictor, FACTS | {"scales": saved["scales"]})
+        section = time.perf_counter() - started
+    rates = {"section Mpx/s": megapixels / section, "model Mpx/s": megapixels / alone}
+    return rates | {"ratio": alone / section, "roofs": len(roofs)}
+
+
+def write_scene(nb: object, path: Path, side: int) -> None:
+    """The sample's roofs, white on black, again and again over a scene of a side."""
+    _, label = nb.draw_scene(0, nb.SAMPLE_SCENE)
+    strip = np.tile(label * 255, (1, side // nb.SAMPLE_SCENE + 1))[:, :side]
+    with rasterio.open(path, "w", width=side, height=side, tiled=True, compress="deflate", **GRID) as f:
+        for y in range(0, side, len(strip)):
+            rows = strip[: side - y]
+            f.write(np.stack([rows] * 3), window=Window(0, y, side, len(rows)))
+
+
+def memory(side: int) -> dict:
+    """Peak memory of mapping a scene of a side, in this process."""
+    nb = nbtools.load()
+    with tempfile.TemporaryDirectory() as folder:
+        changes = {"save_dir": folder, "encoder_name": "resnet18", "encoder_weights": None}
+        config = nb.make_config(**nbtools.settings() | changes)
+        scene = Path(folder, "scene.tif")
+        write_scene(nb, scene, side)
+        predictor = nb.Predictor([Bright()], config, torch.device("cpu"), "fp32")
+        before, started = psutil.Process().memory_info().rss, time.perf_counter()
+        roofs, _ = nb.map_and_measure(scene, predictor, FACTS)
+        seconds = time.perf_counter() - started
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+    row = {"side": side, "GiB above": (peak - before) / 2**30, "roofs": len(roofs)}
+    return row | {"seconds": seconds, "Mpx/s": side**2 / 1e6 / seconds}
+
+
+def main() -> None:
+    """Measure what is asked for, and print a table."""
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--model", type=Path)
+    parser.add_argument("--scene", type=Path)
+    parser.add_argument("--tta", action="store_true")
+    parser.add_argument("--rounds", type=int, default=2)
+    parser.add_argument("--sides", type=int, nargs="*", default=[4096, 16384, 30000])
+    parser.add_argument("--one", type=int, help=argparse.SUPPRESS)
+    options = parser.parse_args()
+    if options.one:
+        print(json.dumps(memory(options.one)))
+        return
+    rows = []
+    for _ in range(options.rounds if options.model else 0):
+        rows.append(speed(options.model, options.scene, options.tta))
+    if rows:
+        print(pd.DataFrame(rows).to_string(index=False, float_format="%.3f"), flush=True)
+    rows = []
+    for side in options.sides:
+        own = [sys.executable, __file__, "--one", str(side)]
+        rows.append(json.loads(subprocess.check_output(own).splitlines()[-1]))
+        print(pd.DataFrame(rows[-1:]).to_string(index=False, float_format="%.2f"), flush=True)
+
+
+if __name__ == "__main__":
+    main()
