@@ -28,6 +28,11 @@ def pytest_configure(config: pytest.Config) -> None:
     config.addinivalue_line("filterwarnings", "ignore::PendingDeprecationWarning")  # of affine
 
 
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Whole notebooks first: with two processes, the other one does all the rest meanwhile."""
+    items.sort(key=lambda item: item.path.name != "test_runs.py")
+
+
 @pytest.fixture(scope="session")
 def nb() -> ModuleType:
     """The notebook's definitions."""

@@ -34,9 +34,8 @@ def pictures(notebook):
     return {cell: count for cell, count in counts.items() if count}
 
 
-def test_sample_from_nothing(tmp_path, monkeypatch):
+def test_sample_from_nothing(tmp_path):
     """A person with no data: the sample, all files, all pictures, nothing outside its folders."""
-    monkeypatch.delenv("OMP_NUM_THREADS")  # the whole model is quicker on all cores
     notebook = nbtools.run(nbtools.NOTEBOOK, tmp_path, encoder_weights=None)
     text = nbtools.printed(notebook)
     assert "NO DATA FOUND" in text and "26,677,842 parameters" in text
@@ -67,6 +66,10 @@ def test_sample_from_nothing(tmp_path, monkeypatch):
         "background",
         "rooftop",
     ]
+    chosen = saved["threshold"], saved["tta"], saved["ground_resolution"]
+    assert chosen == (metrics["threshold"], True, None)
+    assert len(saved["seen"]) == len(split["train"]) + len(split["val"])
+    assert metrics["tiles_seen_in_training"] == 0
     with open(folder / "history.csv", newline="") as file:
         rows = list(csv.DictReader(file))
     assert max(rows, key=lambda row: float(row["val_iou"]))["epoch"] == str(saved["epoch"])

@@ -112,7 +112,9 @@ def test_tiles_of_16_bits_are_read_at_its_scale(nb, small, make_model, tmp_path)
 
 def test_fine_tuning_takes_the_whole_model(nb, small, make_model):
     path, run = make_model()
-    tuned = nb.Run(nb.make_config(**small | {"seed": 7, "encoder_weights": str(path)}), CPU, "fp32", {})
+    tuned = nb.Run(
+        nb.make_config(**small | {"seed": 7, "encoder_weights": str(path)}), CPU, "fp32", {}
+    )
     assert tuned.encoder_weights == str(path)
     for name, value in run.model.state_dict().items():
         assert torch.equal(tuned.model.state_dict()[name], value), name
@@ -144,7 +146,9 @@ def test_an_encoders_own_file_still_loads(nb, small, make_model, tmp_path):
     assert torch.equal(new.encoder.state_dict()[name], run.model.encoder.state_dict()[name])
 
 
-def test_no_data_is_needed_but_a_folder_that_is_named(nb, defaults, make_model, tmp_path, monkeypatch):
+def test_no_data_is_needed_but_a_folder_that_is_named(
+    nb, defaults, make_model, tmp_path, monkeypatch
+):
     monkeypatch.chdir(tmp_path)
     path, _ = make_model()
     model = {"model": str(path)}
@@ -182,12 +186,16 @@ def test_with_no_tiles_it_maps_only(make_model, tmp_path):
     assert np.array_equal(roof, probability >= 0.31 * 250)
 
 
-def test_tiles_at_hand_are_all_scored_and_known_ones_are_named(nb, make_model, small, write_pair, tmp_path):
+def test_tiles_at_hand_are_all_scored_and_known_ones_are_named(
+    nb, make_model, small, write_pair, tmp_path
+):
     """All labelled tiles judge the model; those that trained it are counted; an older score is kept."""
     for number in range(6):
         write_pair(f"s{number}_1")
     tiles, _ = nb.verify_dataset(nb.make_config(**small))
-    path, _ = make_model("models/rooftop_best_model_iou.pt", seen=[tiles[0].digest, tiles[3].digest])
+    path, _ = make_model(
+        "models/rooftop_best_model_iou.pt", seen=[tiles[0].digest, tiles[3].digest]
+    )
     (tmp_path / "models" / "metrics.json").write_text('{"older": 1}')
     before = path.read_bytes()
     given = {name: small[name] for name in ("root", "save_dir", "num_workers")}

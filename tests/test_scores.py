@@ -481,7 +481,8 @@ def test_the_box_of_a_suspect_is_in_the_picture_whatever_the_size_of_the_tile(
     nb.show_predictions(shown, predictor)
     nb.show_predictions(shown[["tile", "pixels"]], predictor)
     nb.show_predictions(shown[:0], predictor)
-    (pictures, titles, _, count), (whole, *_) = rows
+    (pictures, titles, _, count), (whole, *_), (nothing, *_) = rows
+    assert nothing == []
     assert count == 1 and titles == ["a_1", "truth", "prediction", "pixels 120"]
     assert all(picture.shape == image.shape for picture in whole)
     assert {picture.shape for picture in pictures} == {(456, 512, 3)}

@@ -69,7 +69,9 @@ def write_scene(nb: object, path: Path, side: int) -> None:
     """The sample's roofs, white on black, again and again over a scene of a side."""
     _, label = nb.draw_scene(0, nb.SAMPLE_SCENE)
     strip = np.tile(label * 255, (1, side // nb.SAMPLE_SCENE + 1))[:, :side]
-    with rasterio.open(path, "w", width=side, height=side, tiled=True, compress="deflate", **GRID) as f:
+    with rasterio.open(
+        path, "w", width=side, height=side, tiled=True, compress="deflate", **GRID
+    ) as f:
         for y in range(0, side, len(strip)):
             rows = strip[: side - y]
             f.write(np.stack([rows] * 3), window=Window(0, y, side, len(rows)))

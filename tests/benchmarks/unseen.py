@@ -84,7 +84,9 @@ def main() -> None:
     for number, left_out in enumerate(options.leave_out):
         for seed in options.seeds:
             out = options.out.resolve() / f"{number}-{seed}"
-            rows.append(one_run(options.root.resolve(), left_out, seed, out, dict(options.settings)))
+            rows.append(
+                one_run(options.root.resolve(), left_out, seed, out, dict(options.settings))
+            )
             print(pd.DataFrame(rows[-1:]).to_string(index=False, float_format="%.3f"), flush=True)
     table = pd.DataFrame(rows)
     by_place = table.groupby("left out", sort=False)["roof IoU"].agg(["mean", "min", "max"])
