@@ -216,3 +216,68 @@ def test_tiles_at_hand_are_all_scored_and_known_ones_are_named(
 def test_its_config_still_is_one(nb, make_model):
     path, run = make_model()
     assert nb.load_checkpoint(path)["config"] == asdict(run.config)
+
+
+def test_a_new_run_does_not_move_the_model_that_it_is_tuned_from(nb, small, make_model, tmp_path):
+    path, _ = make_model("models/rooftop_best_model_iou.pt")
+    own = small | {"save_dir": str(tmp_path / "models")}
+    with pytest.raises(ValueError, match="encoder_weights = .* that is not in save_dir"):
+        nb.make_config(**own | {"encoder_weights": str(path)})
+    assert nb.make_config(**own | {"model": str(path)})
+
+
+def test_classes_of_other_names_are_refused(nb, defaults, make_model):
+    classes = {"class_names": ["ground", "roof", "pool"], "class_values": [0, 1, 2]}
+    path, _ = make_model(changes=classes | {"num_classes": 3})
+    other = classes | {"num_classes": 3, "class_names": ["ground", "pool", "roof"]}
+    with pytest.raises(ValueError, match=r"its classes are \['ground', 'roof', 'pool'\]"):
+        nb.make_config(**defaults | other | {"model": str(path)})
+    values = classes | {"class_values": [5, 6, 7], "model": str(path)}
+    assert nb.make_config(**defaults | values).class_values == [5, 6, 7]
+
+
+def test_pixels_of_a_type_that_it_does_not_know_are_refused(nb, small, make_model, tmp_path):
+    path, _ = make_model(scales={"uint8": [0, 255]})
+    for number in range(4):
+        image = np.random.default_rng(number).integers(0, 4000, (3, 64, 64), np.uint16)
+        write_raster(tmp_path / f"data/images/images/t_{number}.tif", image)
+        label = np.zeros((64, 64), np.uint8)
+        label[:8] = 255
+        save(tmp_path / f"data/label/label/t_{number}_label.png", label)
+    with pytest.raises(ValueError, match=r"uint16 pixels, the model was trained on \['uint8'\]"):
+        nb.verify_dataset(nb.make_config(**small | {"model": str(path)}))
+
+
+def test_tiles_without_roof_may_judge_it_and_another_runs_cache_stays(
+    nb, small, make_model, write_pair, tmp_path
+):
+    path, _ = make_model()
+    for number in range(4):
+        write_pair(f"bare_{number}", high=0)
+    other = tmp_path / "models" / "cache" / "other.npy"
+    other.parent.mkdir(parents=True)
+    other.write_bytes(b"of a training in this folder")
+    tiles, _ = nb.verify_dataset(nb.make_config(**small | {"model": str(path)}))
+    assert len(tiles) == 4 and not any(tile.roof_share for tile in tiles)
+    assert other.exists()
+    with pytest.raises(ValueError, match="no roof in any label"):
+        nb.verify_dataset(nb.make_config(**small))
+
+
+def test_a_scene_may_lie_anywhere_below_root(nb, defaults, make_model, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    path, _ = make_model()
+    save(tmp_path / "dataset" / "ortho.png", np.zeros((64, 64, 3), np.uint8))
+    model = {"model": str(path), "scenes": "dataset/ortho.png"}
+    assert nb.use_sample(nb.make_config(**defaults | model)) is False
+
+
+def test_a_run_goes_on_from_a_checkpoint_without_the_newer_keys(nb, start):
+    run, go = start(epochs=1)
+    go()
+    last = nb.Path(run.config.save_dir, nb.LAST_FILE)
+    saved = nb.load_checkpoint(last)
+    assert {"seen", "ground_resolution"}.isdisjoint(saved)
+    again, go = start(epochs=1)
+    again.data |= {"seen": ["a"], "ground_resolution": 0.3}
+    assert nb.resume_run(again) and len(again.history) == 1

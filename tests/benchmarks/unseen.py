@@ -44,8 +44,10 @@ def split_of(images: list[Path], root: Path, left_out: str, seed: int) -> dict[s
 
 
 def setting(text: str) -> tuple[str, object]:
-    """name=value, the value as a literal or else as text."""
+    """name=value, the value a file, a literal, or else text."""
     name, _, value = text.partition("=")
+    if Path(value).is_file():
+        return name, str(Path(value).resolve())
     try:
         return name, ast.literal_eval(value)
     except (SyntaxError, ValueError):
