@@ -530,3 +530,12 @@ def test_sample_is_the_same_every_time_and_its_labels_fit(nb):
     )
     assert 0.03 < label.mean() < 0.4
     assert not np.array_equal(nb.draw_scene(4, 256)[0], image)
+
+
+def test_a_tile_keeps_little_of_its_image_in_memory(nb, settings, write_pair):
+    for i in range(4):
+        write_pair(f"a_{i}", side=300)
+    tiles, _ = nb.verify_dataset(nb.make_config(**settings))
+    for tile in tiles:
+        kept = tile.sample if tile.sample.base is None else tile.sample.base
+        assert kept.nbytes < 20_000 < 300 * 300 * 3
