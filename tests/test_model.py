@@ -3,6 +3,8 @@
 import gc
 import json
 import math
+import socketserver
+import threading
 import weakref
 from dataclasses import replace
 from pathlib import Path
@@ -88,6 +90,24 @@ def test_without_the_hub_random_weights_and_a_loud_warning(nb, untrained, capsys
     assert all(
         torch.equal(value, before[name]) for name, value in model.encoder.state_dict().items()
     )
+
+
+def test_a_hub_that_does_not_answer_is_asked_once(nb, untrained, monkeypatch, tmp_path):
+    """Real: a server that hangs up on every caller, and an empty cache."""
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path))
+    calls = []
+
+    class HangsUp(socketserver.BaseRequestHandler):
+        def handle(self):
+            calls.append(1)
+
+    with socketserver.TCPServer(("127.0.0.1", 0), HangsUp) as server:
+        threading.Thread(target=server.serve_forever, daemon=True).start()
+        monkeypatch.setattr(nb.hub, "ENDPOINT", f"http://127.0.0.1:{server.server_address[1]}")
+        monkeypatch.setattr(nb, "OFFLINE", False)
+        assert "could not be fetched" in nb.load_encoder_weights(*untrained("resnet18", "imagenet"))
+        server.shutdown()
+    assert len(calls) == 1 and nb.hub.HF_HUB_OFFLINE
 
 
 # ---- loss
@@ -187,8 +207,15 @@ def test_ignored_pixels_do_not_count(nb):
 def judged(nb, batches, loss_fn):
     """What one_pass says of batches of logits and labels, as if a model had given the logits."""
     run = SimpleNamespace(model=nn.Identity(), device=CPU, precision="fp32", history=[])
-    run.config = SimpleNamespace(num_classes=2)
-    loader = type("Loader", (list,), {"dataset": SimpleNamespace(train=False)})(batches)
+    run.shared, run.statistics, run.config = (
+        run.model,
+        torch.zeros(0),
+        SimpleNamespace(num_classes=2),
+    )
+    data = type("Data", (list,), {"train": False})(
+        label for _, labels in batches for label in labels
+    )
+    loader = type("Loader", (list,), {"dataset": data})(batches)
     return nb.one_pass(run, loader, loss_fn)
 
 
