@@ -261,6 +261,17 @@ def test_resizing_invents_no_class_between_two_others(nb, settings, write_pair):
     )
 
 
+@pytest.mark.parametrize("system", ["win32", "darwin"])
+def test_only_linux_has_loader_processes(nb, settings, tiles, monkeypatch, system):
+    data = nb.RooftopDataset(tiles, config_of(nb, settings, num_workers=2))
+    assert nb.make_loader(data, torch.device("cpu")).num_workers == 2
+    monkeypatch.setattr(nb.sys, "platform", system)
+    for wanted in (2, "auto"):
+        data = nb.RooftopDataset(tiles, config_of(nb, settings, num_workers=wanted))
+        loader = nb.make_loader(data, torch.device("cpu"))
+        assert loader.num_workers == 0 and loader.multiprocessing_context is None
+
+
 @pytest.mark.parametrize("kind", ["standard", "strong"])
 def test_augmentation_depends_on_seed_epoch_and_tile_alone(nb, settings, tiles, kind):
     config = config_of(nb, settings, augmentation=kind)

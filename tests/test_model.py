@@ -103,11 +103,11 @@ def test_a_hub_that_does_not_answer_is_asked_once(nb, untrained, monkeypatch, tm
 
     with socketserver.TCPServer(("127.0.0.1", 0), HangsUp) as server:
         threading.Thread(target=server.serve_forever, daemon=True).start()
-        monkeypatch.setattr(nb.hub, "ENDPOINT", f"http://127.0.0.1:{server.server_address[1]}")
+        monkeypatch.setattr(nb.HUB, "ENDPOINT", f"http://127.0.0.1:{server.server_address[1]}")
         monkeypatch.setattr(nb, "OFFLINE", False)
         assert "could not be fetched" in nb.load_encoder_weights(*untrained("resnet18", "imagenet"))
         server.shutdown()
-    assert len(calls) == 1 and nb.hub.HF_HUB_OFFLINE
+    assert len(calls) == 1 and nb.HUB.HF_HUB_OFFLINE
 
 
 # ---- loss

@@ -59,7 +59,8 @@ def speed(model: Path, scene: Path, tta: bool) -> dict:
             predictor(windows)
         alone = time.perf_counter() - started
         started = time.perf_counter()
-        roofs, _ = nb.map_and_measure(scene, predictor, FACTS | {"scales": saved["scales"]})
+        mask = nb.map_scene(scene, predictor, FACTS | {"scales": saved["scales"]})
+        roofs, _ = nb.measure_roofs(mask, predictor.config.min_roof_area, scene)
         section = time.perf_counter() - started
     rates = {"section Mpx/s": megapixels / section, "model Mpx/s": megapixels / alone}
     return rates | {"ratio": alone / section, "roofs": len(roofs)}
@@ -87,7 +88,8 @@ def memory(side: int) -> dict:
         write_scene(nb, scene, side)
         predictor = nb.Predictor([Bright()], config, torch.device("cpu"), "fp32")
         before, started = psutil.Process().memory_info().rss, time.perf_counter()
-        roofs, _ = nb.map_and_measure(scene, predictor, FACTS)
+        mask = nb.map_scene(scene, predictor, FACTS)
+        roofs, _ = nb.measure_roofs(mask, predictor.config.min_roof_area, scene)
         seconds = time.perf_counter() - started
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
     row = {"side": side, "GiB above": (peak - before) / 2**30, "roofs": len(roofs)}
