@@ -38,6 +38,8 @@ judge = train_and_judge
 
 def train_and_judge(run, *words):
     if RANK == 1 and len(run.history) == 1:
+        while not Path(run.config.save_dir, LAST_FILE).exists():
+            time.sleep(0.1)
         os.kill(os.getpid(), signal.SIGKILL)
     judge(run, *words)
 """
