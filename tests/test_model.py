@@ -280,6 +280,24 @@ def test_other_models_train_and_load(nb, prepared, architecture, encoder):
     assert type(model).__name__ == architecture
 
 
+@pytest.mark.parametrize(("loaded", "generous"), [("imagenet", True), ("random", False)])
+def test_colours_change_generously_where_weights_are_pretrained(
+    nb, prepared, monkeypatch, loaded, generous
+):
+    config, split, _ = prepared
+    run, grey = nb.Run(replace(config, augmentation="standard"), CPU, "fp32", {}), []
+    run.encoder_weights, one_pass = loaded, nb.one_pass
+
+    def watched(run, loader, loss_fn):
+        views = [loader.dataset.pixels(epoch, 0)[0] for epoch in range(40)]
+        grey.append(any((view == view[..., :1]).all() for view in views))
+        return one_pass(run, loader, loss_fn)
+
+    monkeypatch.setattr(nb, "one_pass", watched)
+    nb.fit(run, split)
+    assert grey[0] == generous and not grey[1]  # training, validation
+
+
 def test_fp16_trains_with_a_gradient_scaler(nb, prepared):
     config, _, loaders = prepared
     run = nb.Run(config, CPU, "fp16", {})
