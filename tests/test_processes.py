@@ -131,7 +131,9 @@ def test_two_processes_end_where_one_does(alone):
     status, said = run_in(two := one.with_name("two"), 2, **settings)
     assert status == 0, said
     assert said.count("epoch   1") == 1  # the first alone prints
-    np.testing.assert_allclose(history(one), history(two), rtol=1e-4, atol=1e-4)
+    np.testing.assert_allclose(
+        history(one), history(two), rtol=1e-3, atol=2e-3
+    )  # pixels near 0.5 may flip
     scores = [json.loads((folder / "metrics.json").read_text()) for folder in (one, two)]
     assert scores[0]["tiles"] == scores[1]["tiles"]
     assert scores[0]["roof_iou"] == pytest.approx(scores[1]["roof_iou"], abs=0.02)
@@ -161,4 +163,6 @@ def test_a_process_that_dies_ends_the_run_and_another_number_goes_on(alone):
     assert len(history(died)) == 1
     status, said = run_in(died, 1, **settings)
     assert status == 0 and "going on after epoch 1" in said
-    np.testing.assert_allclose(history(one), history(died), rtol=1e-4, atol=1e-4)
+    np.testing.assert_allclose(
+        history(one), history(died), rtol=1e-3, atol=2e-3
+    )  # pixels near 0.5 may flip
