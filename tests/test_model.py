@@ -280,12 +280,15 @@ def test_other_models_train_and_load(nb, prepared, architecture, encoder):
     assert type(model).__name__ == architecture
 
 
-@pytest.mark.parametrize(("loaded", "generous"), [("imagenet", True), ("random", False)])
+@pytest.mark.parametrize(
+    ("loaded", "generous"), [("imagenet", True), ("random (imagenet could not be fetched)", False)]
+)
 def test_colours_change_generously_where_weights_are_pretrained(
     nb, prepared, monkeypatch, loaded, generous
 ):
     config, split, _ = prepared
     run, grey = nb.Run(replace(config, augmentation="standard"), CPU, "fp32", {}), []
+    run.config = replace(run.config, encoder_weights="imagenet")
     run.encoder_weights, one_pass = loaded, nb.one_pass
 
     def watched(run, loader, loss_fn):
