@@ -29,6 +29,12 @@ BAD = {
     "unknown architecture": {"architecture": "DeepLabV9"},
     "encoder that cannot be dilated": {"encoder_name": "densenet121"},
     "side not divisible by 16": {"image_size": 250},
+    "views that the model cannot see": {
+        "tta": True,
+        "architecture": "PAN",
+        "encoder_name": "mobilenet_v2",
+        "image_size": 128,
+    },
     "split does not add up": {"split": [0.9, 0.2, 0.05]},
     "split of two": {"split": [0.5, 0.5]},
     "split with an empty part": {"split": [0.9, 0.1, 0.0]},

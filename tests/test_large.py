@@ -234,7 +234,7 @@ def test_a_tile_of_many_windows_is_scored_as_one(nb, settings, whole):
     ):
         save(Path(settings["root"]) / settings[folder] / f"a_1{end}.png", 255 * pixels)
     (tile,), config = verified(nb, settings)
-    predictor = nb.Predictor([Lookup()], config, CPU, "fp32", tta=True)
+    predictor = nb.Predictor([Lookup()], config, CPU, "fp32")
     (counts,), _, _ = nb.score_tiles(predictor, [tile])
     hits, true, found, both, either, matched, pieces, found_pieces = counts
     assert hits.tolist() == true.tolist() == found.tolist() and hits.sum() == label.size

@@ -130,6 +130,60 @@ def test_a_run_cut_off_between_any_two_files_is_the_same(nb, start, tmp_path, mo
     assert same(state_of(tmp_path / "whole"), state_of(tmp_path / "cut"))
 
 
+def test_writing_takes_a_small_share_of_the_time_and_loses_nothing(
+    nb, start, tmp_path, monkeypatch
+):
+    """Slow disks: the files of several short epochs go together; what ends a run writes the rest."""
+    start(epochs=4, save_dir=str(tmp_path / "whole"))[1]()
+    run, go = start(epochs=4, save_dir=str(tmp_path / "slow"))
+    written, write, one_pass = [], nb.write_whole, nb.one_pass
+    monkeypatch.setattr(nb, "WRITING", 0.05)
+
+    def slowly(path, content):
+        written.append((len(run.history), path.name))
+        run.writing += 1000
+        write(path, content)
+
+    def failing(run, loader, loss_fn):
+        if len(run.history) == 3:
+            raise RuntimeError("the cable")
+        return one_pass(run, loader, loss_fn)
+
+    monkeypatch.setattr(nb, "write_whole", slowly)
+    with monkeypatch.context() as patch, pytest.raises(RuntimeError, match="the cable"):
+        patch.setattr(nb, "one_pass", failing)
+        go()
+    lasts = [epoch for epoch, name in written if name == nb.LAST_FILE]
+    assert lasts == [1, 3] and epochs_done(tmp_path / "slow") == 3
+    run, go = start(epochs=4, save_dir=str(tmp_path / "slow"))
+    assert len(go()) == 4 and epochs_done(tmp_path / "slow") == 4
+    assert same(state_of(tmp_path / "whole"), state_of(tmp_path / "slow"))
+
+
+@pytest.mark.parametrize("ending", [KeyboardInterrupt, RuntimeError])
+def test_what_waits_is_written_before_anything_else_can_fail(nb, start, monkeypatch, ending):
+    """As after an error of the GPU, where nothing can be restored any more."""
+    run, go = start(epochs=4)
+    monkeypatch.setattr(nb, "WRITING", -1)  # never in time
+    restore, one_pass = nb.restore, nb.one_pass
+
+    def failing(run, loader, loss_fn):
+        if len(run.history) == 2:
+            raise ending
+        return one_pass(run, loader, loss_fn)
+
+    def broken(run, last):
+        if run.history:
+            raise RuntimeError("device-side assert")
+        restore(run, last)
+
+    monkeypatch.setattr(nb, "one_pass", failing)
+    monkeypatch.setattr(nb, "restore", broken)
+    with pytest.raises(RuntimeError, match="device-side assert"):
+        go()
+    assert epochs_done(Path(run.config.save_dir)) == 2
+
+
 @pytest.mark.parametrize(("epochs", "partly"), [(1, False), (2, False), (2, True)])
 def test_a_stop_button_pressed_twice_loses_nothing(
     nb, start, tmp_path, monkeypatch, epochs, partly

@@ -304,20 +304,46 @@ def answer(nb, model, image):
         return model(nb.TO_TENSORS(image=image)["image"][None]).softmax(1)[0].numpy()
 
 
-def test_views_are_turned_back_before_they_are_averaged(predictor):
-    images = torch.randn(2, 3, 16, 16)
+def turned(image, turns, axes):
+    return image.rot90(turns, (-2, -1)).flip(axes)
+
+
+def back(image, turns, axes):
+    return image.flip(axes).rot90(-turns, (-2, -1))
+
+
+def test_views_are_turned_back_before_they_are_averaged(nb, predictor):
+    """All eight turns and mirrors, once each; the sizes by hand, of windows of 64 pixels."""
+    images = torch.randn(2, 3, 64, 64)
     averaged = predictor(Lopsided(), tta=True)
-    slow = 0
-    for turns in range(4):
-        for axes in ((), (3,)):
-            view = images.rot90(turns, (2, 3)).flip(axes)
-            slow = slow + Lopsided()(view).softmax(1).flip(axes).rot90(-turns, (2, 3)) / 8
+    slow, seen = 0, []
+    for scale, side in ((1, 64), (0.75, 64), (1.5, 96)):
+        for way in nb.VIEWS[scale]:
+            view = torch.nn.functional.interpolate(turned(images, *way), side, mode="bilinear")
+            one = torch.nn.functional.interpolate(Lopsided()(view).softmax(1), 64, mode="bilinear")
+            slow = slow + back(one, *way) / 8
+            seen.append(turned(images[0, 0], way[0], tuple(axis - 2 for axis in way[1])))
     assert torch.allclose(averaged(images), slow, atol=1e-6)
-    turned = averaged(images.rot90(1, (2, 3)))
-    assert torch.allclose(turned, averaged(images).rot90(1, (2, 3)), atol=1e-6)
+    assert len({tuple(view.flatten().tolist()) for view in seen}) == 8
+    half_turned = averaged(images.rot90(2, (2, 3)))
+    assert torch.allclose(half_turned, averaged(images).rot90(2, (2, 3)), atol=1e-6)
     plain = predictor(Lopsided())
     assert torch.allclose(plain(images), Lopsided()(images).softmax(1))
     assert not torch.allclose(plain(images), averaged(images), atol=1e-2)
+
+
+def test_views_of_another_size_are_smaller_and_larger(predictor):
+    sides = []
+
+    class Watching(nn.Module):
+        def forward(self, images):
+            sides.append((len(images), images.shape[-1]))
+            return images[:, :2]
+
+    found = predictor(Watching(), tta=True, batch_size=8)(torch.randn(3, 3, 256, 256))
+    assert sides == [(8, 256), (4, 192), (4, 384), (4, 256), (2, 192), (2, 384)]
+    assert found.shape == (3, 2, 256, 256)
+    assert torch.allclose(found.sum(1), torch.ones(3, 256, 256), atol=1e-6)
 
 
 def test_an_ensemble_averages_probabilities(predictor):
@@ -341,14 +367,17 @@ def test_the_weights_of_windows_add_up_to_one_at_every_pixel(nb, length, size):
     assert (len(tapers) == 1) == (length <= size)
 
 
-@pytest.mark.parametrize(("batch_size", "tta"), [(2, False), (4, False), (32, False), (16, True)])
+@pytest.mark.parametrize(
+    ("batch_size", "tta"), [(2, False), (4, False), (32, False), (16, "at one size")]
+)
 @pytest.mark.parametrize("shape", [(150, 100), (100, 150), (65, 64), (150, 40), (10, 200)])
 def test_blending_changes_no_answer_that_all_windows_share(
-    nb, predictor, pixelwise, shape, batch_size, tta
+    nb, predictor, pixelwise, shape, batch_size, tta, monkeypatch
 ):
     """The outermost pixels included, and a side that is shorter than a window."""
+    monkeypatch.setattr(nb, "VIEWS", {1: sum(nb.VIEWS.values(), [])})
     image = picture(*shape)
-    found = predictor(pixelwise, batch_size=batch_size, tta=tta).predict(image, cut=True)
+    found = predictor(pixelwise, batch_size=batch_size, tta=bool(tta)).predict(image, cut=True)
     assert found.shape == (2, *shape)
     np.testing.assert_allclose(found, answer(nb, pixelwise, image), rtol=0, atol=1e-6)
 
@@ -391,7 +420,7 @@ def test_a_small_tile_is_answered_where_its_roofs_are(predictor):
 def test_a_checkpoint_of_other_classes_is_refused(nb, settings):
     config = nb.make_config(**settings)
     run = nb.Run(config, CPU, "fp32", {})
-    run.history.append({"epoch": 1, "val_loss": 1.0, "val_iou": 0.5})
+    run.history.append({"epoch": 1, "val_loss": 1.0, "val_iou": 0.5, "seconds": 1.0})
     nb.finish_epoch(run, ["iou"])
     file = Path(config.save_dir) / nb.BEST_FILES["iou"]
     assert not nb.load_model(file, CPU, class_names=config.class_names).training

@@ -96,13 +96,13 @@ def main():
     plain.optimizer = torch.optim.AdamW(plain.model.parameters(), config.learning_rate)
     images, labels = next(iter(loader))
     batch = (images.to(device, memory_format=torch.channels_last), labels.to(device))
-    run.history.append({"epoch": 1, "val_loss": 1.0, "val_iou": 0.5})
+    run.history.append({"epoch": 1, "val_loss": 1.0, "val_iou": 0.5, "seconds": 1.0})
     steps = len(loader)
     print(f"{len(tiles)} tiles, {steps} batches of {words.batch} a round,", end=" ")
     print(f"{words.side} px, {device}, {precision}")
     nb.one_pass(run, loader, loss_fn)  # warm-up: processes start, kernels are chosen
     bare_steps(nb, run, batch, 2, loss_fn)
-    rows = []
+    rows, nb.WRITING = [], float("inf")
     for _ in range(words.rounds):
         notebook = timed(lambda: nb.one_pass(run, loader, loss_fn), device)
         bare = timed(lambda: bare_steps(nb, run, batch, steps, loss_fn), device)
