@@ -222,7 +222,7 @@ def spoil_steps(nb, monkeypatch, bad, value=float("nan")):
     forward, count = nb.forward, []
 
     def spoiled(run, images):
-        if not run.model.training:
+        if not run.learner.training:
             return forward(run, images)
         count.append(1)
         return forward(run, images * value if bad(len(count) - 1) else images)
@@ -242,8 +242,8 @@ def test_a_step_without_finite_numbers_is_skipped_and_counted(
     lines = [line for line in capsys.readouterr().out.splitlines() if "train loss" in line]
     assert re.search("steps skipped: [123]$" if fp16 else "steps skipped: 1$", lines[0])
     assert fp16 or "skipped" not in lines[1]
-    weights = run.model.state_dict().values()  # statistics too
-    assert all(torch.isfinite(tensor).all() for tensor in weights)
+    for part in (run.learner, run.model):  # statistics too
+        assert all(torch.isfinite(tensor).all() for tensor in part.state_dict().values())
     assert np.isfinite([row["train_loss"] for row in history[2 if fp16 else 0 :]]).all()
     assert np.isfinite([row["val_loss"] for row in history]).all()
 
@@ -256,7 +256,7 @@ def test_a_skipped_step_changes_nothing(nb, start, monkeypatch):
         dataset = type("Data", (list,), {"train": True})(range(4))
 
     def state():  # the number of batches is counted by BatchNorm and used by nothing
-        weights = run.model.state_dict()
+        weights = run.learner.state_dict()
         return {k: v.clone() for k, v in weights.items() if "num_batches" not in k}
 
     nb.one_pass(run, Loader([(images, labels)]), loss_fn)
@@ -283,6 +283,7 @@ def test_too_many_in_a_row_stop_and_keep_the_last_good_checkpoint(
     assert len(run.history) == 1
     last = torch.load(Path(settings["save_dir"]) / LAST, weights_only=True)
     assert last["epoch"] == 1 and same(dict(run.model.state_dict()), dict(last["model"]))
+    assert same(dict(run.learner.state_dict()), dict(last["learner"]))
     assert "1 finished epochs are kept" in capsys.readouterr().out
 
 

@@ -14,6 +14,7 @@ import numpy as np
 import pytest
 import torch
 import torchvision
+from kernels import same
 from safetensors.torch import save_file
 from sklearn.metrics import accuracy_score, f1_score, jaccard_score, precision_score, recall_score
 from torch import nn
@@ -206,9 +207,9 @@ def test_ignored_pixels_do_not_count(nb):
 
 def judged(nb, batches, loss_fn):
     """What one_pass says of batches of logits and labels, as if a model had given the logits."""
-    run = SimpleNamespace(model=nn.Identity(), device=CPU, precision="fp32", history=[])
-    run.shared, run.statistics, run.config = (
-        run.model,
+    run = SimpleNamespace(learner=nn.Identity(), device=CPU, precision="fp32", history=[])
+    run.model, run.statistics, run.config = (
+        run.learner,
         torch.zeros(0),
         SimpleNamespace(num_classes=2),
     )
@@ -304,12 +305,12 @@ def test_colours_change_generously_where_weights_are_pretrained(
 def test_fp16_trains_with_a_gradient_scaler(nb, prepared):
     config, _, loaders = prepared
     run = nb.Run(config, CPU, "fp16", {})
-    before = run.model.segmentation_head[0].weight.detach().clone()
+    before = run.learner.segmentation_head[0].weight.detach().clone()
     assert run.scaler.is_enabled() and run.scaler.get_scale() > 1
     for _ in range(3):
         result, _ = nb.one_pass(run, loaders["train"], nb.CombinedLoss(0.6, 0.4))
     assert math.isfinite(result["loss"])
-    assert not torch.equal(before, run.model.segmentation_head[0].weight)
+    assert not torch.equal(before, run.learner.segmentation_head[0].weight)
 
 
 def test_gradients_are_clipped(nb, prepared, monkeypatch):
@@ -318,12 +319,47 @@ def test_gradients_are_clipped(nb, prepared, monkeypatch):
     step = run.optimizer.step
 
     def spy(*args, **kwargs):
-        norms.append(nn.utils.get_total_norm([p.grad for p in run.model.parameters()]).item())
+        norms.append(nn.utils.get_total_norm([p.grad for p in run.learner.parameters()]).item())
         return step(*args, **kwargs)
 
     monkeypatch.setattr(run.optimizer, "step", spy)
     nb.one_pass(run, loaders["train"], nb.CombinedLoss(600, 400))
     assert norms and all(norm <= 0.501 for norm in norms)
+
+
+def test_the_model_is_the_late_average_of_what_is_learnt(nb, prepared, monkeypatch):
+    config, split, _ = prepared
+    run, seen, step = nb.Run(replace(config, batch_size=2), CPU, "fp32", {}), [], nb.train_step
+
+    def watched(*words):
+        taken = step(*words)
+        state = run.learner.state_dict().items()
+        seen.append({k: v.double() for k, v in state if v.is_floating_point()})
+        return taken
+
+    monkeypatch.setattr(nb, "train_step", watched)
+    nb.fit(run, split)
+    total, state = len(seen), run.model.state_dict()
+    assert total > config.epochs  # the count of steps goes on from epoch to epoch
+    shares = [((s + 1) ** 7 - s**7) / total**7 for s in range(total)]
+    for name in seen[0]:
+        mean = sum(share * state[name] for share, state in zip(shares, seen, strict=True))
+        torch.testing.assert_close(state[name].double(), mean, rtol=1e-4, atol=1e-5, msg=name)
+    assert not same(seen[-1], {k: v.double() for k, v in state.items() if k in seen[-1]})
+
+
+def test_what_is_kept_is_what_was_judged(nb, prepared):
+    config, split, loaders = prepared
+    config = replace(config, learning_rate=1e-2)  # steps that differ from their average
+    run, loss_fn = nb.Run(config, CPU, "fp32", {}), nb.CombinedLoss(0.6, 0.4)
+    history = nb.fit(run, split)
+    for file in (*nb.BEST_FILES.values(), nb.LAST_FILE):
+        path = Path(config.save_dir) / file
+        again = nb.Run(config, CPU, "fp32", {})
+        again.model = nb.load_model(path, CPU)
+        row = history[nb.load_checkpoint(path)["epoch"] - 1]
+        judged, _ = nb.one_pass(again, loaders["val"], loss_fn)
+        assert judged["loss"] == pytest.approx(row["val_loss"], rel=1e-5), file
 
 
 def test_evaluation_changes_nothing(nb, prepared):
@@ -421,7 +457,7 @@ def test_checkpoint_round_trip_needs_no_network(nb, prepared, monkeypatch):
     model, saved, own = nb.load_model(path, CPU), nb.load_checkpoint(path), run.model.state_dict()
     assert all(torch.equal(value, own[name]) for name, value in model.state_dict().items())
     assert not model.training
-    keys = "format model config class_names epoch metrics precision split files history"
+    keys = "format model learner config class_names epoch metrics precision split files history"
     keys += " encoder_weights versions optimizer scheduler scaler"
     assert set(keys.split()) == set(saved)
     assert saved["config"] == json.loads(json.dumps(nb.asdict(config)))

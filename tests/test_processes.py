@@ -139,7 +139,7 @@ def test_two_processes_end_where_one_does(alone):
     assert scores[0]["roof_iou"] == pytest.approx(scores[1]["roof_iou"], abs=0.02)
     maps = [rasterio.open(folder / "scenes" / "one_mask.tif").read(2) for folder in (one, two)]
     assert np.abs(maps[0].astype(int) - maps[1]).max() <= 10
-    weights = [torch.load(f / "rooftop_last.pt", weights_only=True)["model"] for f in (one, two)]
+    weights = [torch.load(f / "rooftop_last.pt", weights_only=True)["learner"] for f in (one, two)]
     assert weights[0].keys() == weights[1].keys()
 
 

@@ -28,6 +28,19 @@ def test_a_run_in_two_halves_is_the_same_as_one(start, settings, tmp_path, preci
     assert same(state_of(tmp_path / "one"), state_of(tmp_path / "two"))
 
 
+def test_a_run_from_before_weights_were_averaged_goes_on_from_what_it_had(nb, start, settings):
+    start()[1]()
+    path = Path(settings["save_dir"]) / "rooftop_last.pt"
+    old = torch.load(path, weights_only=True)
+    old["model"] = old.pop("learner")
+    torch.save(old, path)
+    run, go = start(epochs=3)
+    assert nb.resume_run(run)
+    for part in (run.learner, run.model):
+        assert same(dict(part.state_dict()), dict(old["model"]))
+    assert len(go()) == 3
+
+
 def test_a_changed_setting_starts_a_new_run_and_is_named(start, settings, capsys):
     start()[1]()
     old = (Path(settings["save_dir"]) / "rooftop_best_model_iou.pt").read_bytes()

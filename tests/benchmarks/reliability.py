@@ -145,7 +145,7 @@ def disturbed_runs(nb, folder, settings, total, rng, counts):
         steps = []
 
         def forward(run, images, bad=bad, steps=steps):
-            if run.model.training:
+            if run.learner.training:
                 steps.append(1)
                 return original_forward(run, images * bad.get(len(steps) - 1, 1))
             return original_forward(run, images)

@@ -34,10 +34,10 @@ def timed(function, device):
 def bare_steps(nb, run, batch, steps, loss_fn):
     """Forward, loss, backward and update on one resident batch."""
     images, labels = batch
-    run.model.train()
+    run.learner.train()
     for _ in range(steps):
         with nb.autocast(run.device, run.precision):
-            logits = run.model(images)
+            logits = run.learner(images)
         run.optimizer.zero_grad(set_to_none=True)
         run.scaler.scale(loss_fn(logits, labels)).backward()
         run.scaler.step(run.optimizer)
@@ -55,7 +55,7 @@ def decoded(nb, dataset, index):
 
 def plain_epoch(nb, run, dataset, batch_size, loss_fn):
     """What a first script does: decode in the main process, fp32, read back a metric every step."""
-    model, optimizer, device = run.model, run.optimizer, run.device
+    model, optimizer, device = run.learner, run.optimizer, run.device
     model.train()
     order = torch.randperm(len(dataset)).tolist()
     for start in range(0, len(order) - batch_size + 1, batch_size):
@@ -93,7 +93,7 @@ def main():
     held_out = nb.make_loader(judged, device)
     loss_fn = nb.CombinedLoss(config.ce_weight, config.dice_weight)
     run, plain = (nb.Run(config, device, name, {}) for name in (precision, "fp32"))
-    plain.optimizer = torch.optim.AdamW(plain.model.parameters(), config.learning_rate)
+    plain.optimizer = torch.optim.AdamW(plain.learner.parameters(), config.learning_rate)
     images, labels = next(iter(loader))
     batch = (images.to(device, memory_format=torch.channels_last), labels.to(device))
     run.history.append({"epoch": 1, "val_loss": 1.0, "val_iou": 0.5, "seconds": 1.0})
