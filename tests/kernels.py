@@ -49,6 +49,7 @@ def state_of(folder: Path) -> list:
         else None
     )
     weights = [(checkpoint["model"], checkpoint["epoch"]) for checkpoint in saved]
+    weights.append(saved[0]["learner"])
     return [
         weights,
         saved[0]["optimizer"]["state"],

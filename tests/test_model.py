@@ -376,10 +376,11 @@ def test_what_is_kept_is_what_was_judged(nb, prepared):
 def test_evaluation_changes_nothing(nb, prepared):
     config, _, loaders = prepared
     run, loss_fn = nb.Run(config, CPU, "fp32", {}), nb.CombinedLoss(0.6, 0.4)
-    before = {name: value.clone() for name, value in run.model.state_dict().items()}
+    parts = run.model, run.learner
+    before = [{k: v.clone() for k, v in part.state_dict().items()} for part in parts]
     results = [nb.one_pass(run, loaders["val"], loss_fn) for _ in range(2)]
     assert results[0] == results[1]
-    assert all(torch.equal(value, before[name]) for name, value in run.model.state_dict().items())
+    assert same(before, [dict(part.state_dict()) for part in parts])
 
 
 def test_same_seed_same_training(nb, prepared):

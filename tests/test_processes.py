@@ -32,6 +32,16 @@ def build_model(config):
     model.unused = nn.Parameter(torch.zeros(1))  # as some encoders have
     return model
 """
+AGREE = """
+train = fit
+
+def fit(run, split):
+    train(run, split)
+    content = torch.cat([part.flatten() for part in floats(run.model)]).numpy().tobytes()
+    found = [None] * PROCESSES
+    distributed.all_gather_object(found, hashlib.blake2b(content).hexdigest())
+    print("MODELS", len(set(found)))
+"""
 DIES = """
 import signal
 judge = train_and_judge
@@ -63,7 +73,9 @@ def write_data(root: Path) -> dict:
     return {"root": str(root), "scenes": str(root / "scenes"), "precision": "fp32"} | size | quick
 
 
-def run_in(folder: Path, processes: int, further: str = "", **settings: object) -> tuple[int, str]:
+def run_in(
+    folder: Path, processes: int, further: str = "", still: str = STILL, **settings: object
+) -> tuple[int, str]:
     """Run the notebook in so many processes, results in folder: exit status, and what it said."""
     notebook = nbformat.read(nbtools.NOTEBOOK, as_version=4)
     cells = [cell for cell in notebook.cells if not cell.id.startswith(SKIPPED)]
@@ -72,7 +84,7 @@ def run_in(folder: Path, processes: int, further: str = "", **settings: object) 
         notebook.cells.append(cell)
         given = {"settings": settings | {"save_dir": str(folder)}}.get(cell.id, {})
         code = "\n".join(f"{name} = {value!r}" for name, value in given.items())
-        code += {"build-model-2": STILL, "fit-2": further}.get(cell.id, "")
+        code += {"build-model-2": still, "fit-2": further}.get(cell.id, "")
         if code:
             notebook.cells.append(nbformat.v4.new_code_cell(code))
     folder.mkdir(exist_ok=True)
@@ -141,6 +153,13 @@ def test_two_processes_end_where_one_does(alone):
     assert np.abs(maps[0].astype(int) - maps[1]).max() <= 10
     weights = [torch.load(f / "rooftop_last.pt", weights_only=True)["learner"] for f in (one, two)]
     assert weights[0].keys() == weights[1].keys()
+
+
+def test_all_processes_judge_one_and_the_same_model(alone):
+    """Also where each one's normalisation sees other windows."""
+    settings, one = alone
+    status, said = run_in(one.with_name("agree"), 2, AGREE, "", **settings)
+    assert status == 0 and "MODELS 1" in said, said
 
 
 def test_an_error_of_another_than_the_first_process_is_said(alone):

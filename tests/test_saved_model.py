@@ -118,6 +118,7 @@ def test_fine_tuning_takes_the_whole_model(nb, small, make_model):
     assert tuned.encoder_weights == str(path)
     for name, value in run.model.state_dict().items():
         assert torch.equal(tuned.model.state_dict()[name], value), name
+        assert torch.equal(tuned.learner.state_dict()[name], value), name
 
 
 def test_fine_tuning_to_more_classes_takes_all_but_the_head(nb, small, make_model):
@@ -141,7 +142,7 @@ def test_an_encoders_own_file_still_loads(nb, small, make_model, tmp_path):
     state = {k: v.contiguous() for k, v in run.model.encoder.state_dict().items()}
     save_file(state, tmp_path / "encoder.safetensors")
     weights = {"seed": 7, "encoder_weights": str(tmp_path / "encoder.safetensors")}
-    new = nb.Run(nb.make_config(**small | weights), CPU, "fp32", {}).model
+    new = nb.Run(nb.make_config(**small | weights), CPU, "fp32", {}).learner
     name = "layer1.0.conv1.weight"
     assert torch.equal(new.encoder.state_dict()[name], run.model.encoder.state_dict()[name])
 
