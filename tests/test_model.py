@@ -79,17 +79,6 @@ def test_a_weights_file_that_is_none_is_named(nb, untrained, tmp_path, suffix):
         nb.load_encoder_weights(*untrained("resnet18", path))
 
 
-@pytest.mark.parametrize("encoder", ["resnet18", "resnet50"])
-def test_residual_blocks_begin_by_adding_nothing(nb, settings, encoder):
-    model = nb.build_model(nb.make_config(**settings | {"encoder_name": encoder})).eval()
-    blocks = [block for stage in (1, 2) for block in getattr(model.encoder, f"layer{stage}")]
-    assert len(blocks) > 3
-    for block in blocks:
-        given = torch.randn(2, block.conv1.in_channels, 8, 8)
-        kept = given if block.downsample is None else block.downsample(given)
-        torch.testing.assert_close(block(given), kept.relu())
-
-
 def test_without_the_hub_random_weights_and_a_loud_warning(nb, untrained, capsys):
     """Real: the hub's client runs with no cache and in offline mode."""
     model, config = untrained("resnet18", "imagenet")
