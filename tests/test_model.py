@@ -208,11 +208,8 @@ def test_ignored_pixels_do_not_count(nb):
 def judged(nb, batches, loss_fn):
     """What one_pass says of batches of logits and labels, as if a model had given the logits."""
     run = SimpleNamespace(learner=nn.Identity(), device=CPU, precision="fp32", history=[])
-    run.model, run.statistics, run.config = (
-        run.learner,
-        torch.zeros(0),
-        SimpleNamespace(num_classes=2),
-    )
+    run.model, run.statistics = run.learner, torch.zeros(0)
+    run.config = SimpleNamespace(num_classes=2)
     data = type("Data", (list,), {"train": False})(
         label for _, labels in batches for label in labels
     )
@@ -491,9 +488,7 @@ def test_memory_estimate_is_near_what_a_step_takes(nb, settings, precision):
         logits = model(images)  # what the second forward holds is still held when the profile ends
     held = sum(event.self_cpu_memory_usage for event in profile.key_averages())
     costs = nb.try_model(config, CPU, [precision]).loc[precision]
-    beside = (
-        nb.BYTES_A_WEIGHT - 2 if precision == "bf16" else nb.BYTES_A_WEIGHT
-    )  # bytes a weight beside its copy
+    beside = nb.BYTES_A_WEIGHT - 2 * (precision == "bf16")  # bytes a weight beside its copy
     weights = sum(p.numel() for p in model.parameters())
     estimate = 2**30 * costs["GiB a batch"] - beside * weights
     assert logits.requires_grad and 0.8 < estimate / held < 1.25 and costs["seconds a window"] > 0
