@@ -343,6 +343,21 @@ def test_no_workers_where_they_cannot_be_forked(nb, settings, tiles, monkeypatch
             assert nb.make_loader(data, torch.device("cpu")).num_workers == 0
 
 
+@pytest.mark.parametrize(
+    "device, cores, workers", [("cpu", 2, (0, 0)), ("cpu", 8, (1, 0)), ("cuda", 64, (16, 16))]
+)
+def test_loader_processes_are_as_many_as_help(
+    nb, settings, tiles, monkeypatch, device, cores, workers
+):
+    """Training on a CPU spares one core of many; a validation's process would copy its memory."""
+    monkeypatch.setattr(nb.sys, "platform", "linux")
+    monkeypatch.setattr(nb.os, "sched_getaffinity", lambda _: range(cores), raising=False)
+    config = config_of(nb, settings, num_workers="auto")
+    sets = [nb.RooftopDataset(tiles, config, train=train) for train in (True, False)]
+    loaders = [nb.make_loader(data, torch.device(device)) for data in sets]
+    assert tuple(loader.num_workers for loader in loaders) == workers
+
+
 # ---- split
 
 

@@ -4,6 +4,8 @@ import gc
 import json
 import math
 import socketserver
+import subprocess
+import sys
 import threading
 import weakref
 from dataclasses import replace
@@ -507,3 +509,44 @@ def test_the_model_of_section_3_is_gone_when_its_costs_are_known(nb, settings, m
     assert list(costs.index) == ["fp32", "bf16"] and (costs > 0).all(axis=None)
     gc.collect()
     assert built and all(reference() is None for reference in built)
+
+
+KEPT = """
+import resource, sys, psutil, torch
+sys.path.insert(0, sys.argv[1])
+import nbtools
+
+nb, process = nbtools.load(), psutil.Process()
+nb.keep_memory(torch.device(sys.argv[2]))
+before = process.memory_info().rss
+faults = []
+for _ in range(4):
+    start = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
+    torch.ones(2**24), torch.ones(2**26)
+    faults.append(resource.getrusage(resource.RUSAGE_SELF).ru_minflt - start)
+kept = process.memory_info().rss - before
+nb.keep_memory(torch.device(sys.argv[2]))
+print(faults[-1], kept / 2**20, (process.memory_info().rss - before) / 2**20)
+"""
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="other systems hand out memory in other ways")
+@pytest.mark.parametrize("device", ["cpu", "cuda"])
+def test_on_a_cpu_memory_is_asked_for_once_and_let_go_when_told(device):
+    """A page that the system has to clear is a fault; those of 320 MiB are 81,920."""
+    command = [sys.executable, "-c", KEPT, str(Path(__file__).parent), device]
+    answer = subprocess.run(command, capture_output=True, text=True, check=True).stdout
+    faults, kept, left = map(float, answer.split())
+    if device == "cpu":
+        assert faults < 1000 and kept > 200
+    else:
+        assert faults > 50_000 and kept < 100
+    assert left < 50
+
+
+def test_where_the_c_library_is_another_nothing_happens(nb, monkeypatch):
+    monkeypatch.setattr(nb.ctypes, "CDLL", lambda _: object())
+    nb.keep_memory(CPU)
+    monkeypatch.setattr(nb.sys, "platform", "win32")
+    monkeypatch.setattr(nb.ctypes, "CDLL", lambda _: pytest.fail("Windows has no such library"))
+    nb.keep_memory(CPU)

@@ -86,6 +86,7 @@ def memory(side: int) -> dict:
         config = nb.make_config(**nbtools.settings() | changes)
         scene = Path(folder, "scene.tif")
         write_scene(nb, scene, side)
+        nb.keep_memory(torch.device("cpu"))
         predictor = nb.Predictor([Bright()], config, torch.device("cpu"), "fp32")
         before, started = psutil.Process().memory_info().rss, time.perf_counter()
         mask = nb.map_scene(scene, predictor, FACTS)

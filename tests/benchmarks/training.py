@@ -1,12 +1,13 @@
 """How fast the notebook trains, beside the bare model step and beside a plain loop; prints figures.
 
 usage: python tests/benchmarks/training.py [path/to/tiles]
-           [--tiles 64] [--batch 8] [--side 256] [--rounds 3]
+           [--tiles 64] [--batch 8] [--side 256] [--rounds 3] [--encoder resnet50] [--give-back]
 
 Per round, on the same tiles, model and settings: (a) an epoch of the notebook's one_pass, with
 reading, augmentation and running metrics, then a validation and a checkpoint, timed apart; (b) the
 model step alone on one batch that stays on the device; (c) an epoch of a plain loop that decodes every
-tile in the main process and computes in fp32. Without a folder the notebook's sample is used.
+tile in the main process and computes in fp32. Without a folder the notebook's sample is used. With
+--give-back memory that is freed goes back to the system, which the notebook does not let happen.
 """
 
 import argparse
@@ -76,16 +77,21 @@ def main():
     parser.add_argument("root", nargs="?")
     for name, value in (("tiles", 64), ("batch", 8), ("side", 256), ("rounds", 3)):
         parser.add_argument(f"--{name}", type=int, default=value)
+    parser.add_argument("--encoder", default="resnet50")
+    parser.add_argument("--give-back", action="store_true")
     words = parser.parse_args()
     nb, scratch = nbtools.load(), tempfile.mkdtemp()
     changes = {"root": words.root or scratch, "save_dir": scratch, "encoder_weights": None}
     changes |= {"batch_size": words.batch, "image_size": words.side}
+    changes["encoder_name"] = words.encoder
     config = nb.make_config(**nbtools.settings() | changes)
     if not words.root:
         nb.write_sample(config)
     tiles = nb.verify_dataset(config)[0]
     tiles = tiles[:: max(1, len(tiles) // words.tiles)][: words.tiles]
     device = nb.pick_device()
+    if not words.give_back:
+        nb.keep_memory(device)
     precision = nb.choose_precision("auto", device)
     train = nb.RooftopDataset(tiles, config, train=True)
     loader = nb.make_loader(train, device)
