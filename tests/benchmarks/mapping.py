@@ -43,6 +43,7 @@ class Bright(torch.nn.Module):
 def speed(model: Path, scene: Path, tta: bool) -> dict:
     """Megapixels a second of the section and of the model alone."""
     nb, device = nbtools.load(), torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    nb.keep_memory(device)
     with tempfile.TemporaryDirectory() as folder:
         settings = nbtools.settings() | {"model": str(model), "save_dir": folder}
         config = nb.make_config(**settings)
