@@ -6,8 +6,9 @@ usage: python tests/benchmarks/training.py [path/to/tiles]
 Per round, on the same tiles, model and settings: (a) an epoch of the notebook's one_pass, with
 reading, augmentation and running metrics, then a validation and a checkpoint, timed apart; (b) the
 model step alone on one batch that stays on the device; (c) an epoch of a plain loop that decodes every
-tile in the main process and computes in fp32. Without a folder the notebook's sample is used. With
---give-back memory that is freed goes back to the system, which the notebook does not let happen.
+tile in the main process and computes in fp32. Beside (a) and the validation stands what section 3
+expects of them. Without a folder the notebook's sample is used. With --give-back memory that is freed
+goes back to the system, which the notebook does not let happen.
 """
 
 import argparse
@@ -93,6 +94,7 @@ def main():
     if not words.give_back:
         nb.keep_memory(device)
     precision = nb.choose_precision("auto", device)
+    a_window = nb.try_model(config, device, [precision]).loc[precision, "seconds a window"]
     train = nb.RooftopDataset(tiles, config, train=True)
     loader = nb.make_loader(train, device)
     judged = nb.RooftopDataset(tiles[: max(2, len(tiles) // 18)], config)
@@ -123,6 +125,9 @@ def main():
         print(f"{name}: {images_a_round / statistics.median(row[i] for row in rows):.2f} images/s")
     print(f"(a)/(b) {statistics.median(row[1] / row[0] for row in rows):.3f}, median of the rounds")
     print(f"(a)/(c) {statistics.median(row[2] / row[0] for row in rows):.2f}")
+    expected = a_window * (images_a_round + len(judged) / 3)
+    took = statistics.median(row[0] + row[3] for row in rows)
+    print(f"section 3 expects {expected:.1f} s for training and validation; they took {took:.1f} s")
     whole = [(row[0] + row[3] + row[4]) for row in rows]
     for i, name in ((3, "validation"), (4, "checkpoints (last and both best)")):
         share = statistics.median(row[i] / total for row, total in zip(rows, whole, strict=True))
