@@ -517,23 +517,23 @@ sys.path.insert(0, sys.argv[1])
 import nbtools
 
 nb, process = nbtools.load(), psutil.Process()
-nb.keep_memory(torch.device(sys.argv[2]))
 before = process.memory_info().rss
 faults = []
-for _ in range(4):
-    start = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
-    torch.ones(2**24), torch.ones(2**26)
-    faults.append(resource.getrusage(resource.RUSAGE_SELF).ru_minflt - start)
-kept = process.memory_info().rss - before
-nb.keep_memory(torch.device(sys.argv[2]))
-print(faults[-1], kept / 2**20, (process.memory_info().rss - before) / 2**20)
+with nb.kept_memory(torch.device(sys.argv[2])):
+    for _ in range(6):
+        start = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
+        torch.ones(2**24), torch.ones(2**26)
+        faults.append(resource.getrusage(resource.RUSAGE_SELF).ru_minflt - start)
+    kept = process.memory_info().rss - before
+torch.ones(2**28)  # more than lies free in one piece
+print(min(faults), kept / 2**20, (process.memory_info().rss - before) / 2**20)
 """
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="other systems hand out memory in other ways")
 @pytest.mark.parametrize("device", ["cpu", "cuda"])
-def test_on_a_cpu_memory_is_asked_for_once_and_let_go_when_told(device):
-    """A page that the system has to clear is a fault; those of 320 MiB are 81,920."""
+def test_on_a_cpu_memory_is_asked_for_once_and_let_go_in_the_end(device):
+    """A page that the system clears is a fault, of 320 MiB 81,920; small things may part a round's."""
     command = [sys.executable, "-c", KEPT, str(Path(__file__).parent), device]
     answer = subprocess.run(command, capture_output=True, text=True, check=True).stdout
     faults, kept, left = map(float, answer.split())
@@ -546,7 +546,11 @@ def test_on_a_cpu_memory_is_asked_for_once_and_let_go_when_told(device):
 
 def test_where_the_c_library_is_another_nothing_happens(nb, monkeypatch):
     monkeypatch.setattr(nb.ctypes, "CDLL", lambda _: object())
-    nb.keep_memory(CPU)
+    inside = []
+    with nb.kept_memory(CPU):
+        inside.append("another C library")
     monkeypatch.setattr(nb.sys, "platform", "win32")
     monkeypatch.setattr(nb.ctypes, "CDLL", lambda _: pytest.fail("Windows has no such library"))
-    nb.keep_memory(CPU)
+    with nb.kept_memory(CPU):
+        inside.append("Windows")
+    assert inside == ["another C library", "Windows"]

@@ -43,7 +43,6 @@ class Bright(torch.nn.Module):
 def speed(model: Path, scene: Path, tta: bool) -> dict:
     """Megapixels a second of the section and of the model alone."""
     nb, device = nbtools.load(), torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    nb.keep_memory(device)
     with tempfile.TemporaryDirectory() as folder:
         settings = nbtools.settings() | {"model": str(model), "save_dir": folder}
         config = nb.make_config(**settings)
@@ -87,7 +86,6 @@ def memory(side: int) -> dict:
         config = nb.make_config(**nbtools.settings() | changes)
         scene = Path(folder, "scene.tif")
         write_scene(nb, scene, side)
-        nb.keep_memory(torch.device("cpu"))
         predictor = nb.Predictor([Bright()], config, torch.device("cpu"), "fp32")
         before, started = psutil.Process().memory_info().rss, time.perf_counter()
         mask = nb.map_scene(scene, predictor, FACTS)

@@ -102,10 +102,10 @@ def train_ours(folder: Path, batch: int, precision: str) -> None:
     changes |= {"batch_size": batch, "precision": precision, "class_values": [0, 1]}
     config = nb.make_config(**nbtools.settings() | changes)
     device = nb.pick_device()
-    nb.keep_memory(device)
     run = nb.Run(config, device, nb.choose_precision(precision, device), {})
     data = nb.RooftopDataset(nb.verify_dataset(config)[0], config, train=True)
-    nb.one_pass(run, nb.make_loader(data, device), nb.CombinedLoss(0.6, 0.4))
+    with nb.kept_memory(device):
+        nb.one_pass(run, nb.make_loader(data, device), nb.CombinedLoss(0.6, 0.4))
 
 
 def train_smp(folder: Path, batch: int) -> None:
@@ -177,7 +177,6 @@ def map_ours(folder: Path, model: str, scene: str) -> None:
     (folder / "empty").mkdir()
     config = nb.make_config(**nbtools.settings() | given)
     device, saved = nb.pick_device(), nb.load_checkpoint(model)
-    nb.keep_memory(device)
     models = [nb.load_model(Path(model), device)]
     precision = nb.choose_precision("auto", device)
     predictor = nb.Predictor(models, config, device, precision, False, saved.get("threshold", 0.5))

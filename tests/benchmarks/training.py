@@ -12,6 +12,7 @@ goes back to the system, which the notebook does not let happen.
 """
 
 import argparse
+import contextlib
 import statistics
 import sys
 import tempfile
@@ -91,8 +92,13 @@ def main():
     tiles = nb.verify_dataset(config)[0]
     tiles = tiles[:: max(1, len(tiles) // words.tiles)][: words.tiles]
     device = nb.pick_device()
-    if not words.give_back:
-        nb.keep_memory(device)
+    memory = contextlib.nullcontext() if words.give_back else nb.kept_memory(device)
+    with memory:
+        measure(nb, words, config, tiles, device)
+
+
+def measure(nb, words, config, tiles, device):
+    """Time the rounds on some tiles, and print."""
     precision = nb.choose_precision("auto", device)
     a_window = nb.try_model(config, device, [precision]).loc[precision, "seconds a window"]
     train = nb.RooftopDataset(tiles, config, train=True)
