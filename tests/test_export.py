@@ -202,7 +202,7 @@ def test_action_cell(nb, alone, content, settings, write_pair, capsys):
     assert torch.equal(
         one.models[0].segmentation_head[0].bias, alone.models[0].segmentation_head[0].bias
     )
-    pictures = np.stack([nb.read_tile(tile, config)[0] for tile in tiles])
+    pictures = np.stack([nb.read_tile(tile)[0] for tile in tiles])
     colours = after["windows"] * torch.tensor(nb.STD)[:, None, None] * 255
     colours += torch.tensor(nb.MEAN)[:, None, None] * 255
     assert abs(colours.permute(0, 2, 3, 1).numpy() - pictures).max() < 0.01

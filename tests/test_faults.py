@@ -9,6 +9,7 @@ import zipfile
 from pathlib import Path
 
 import numpy as np
+import psutil
 import pytest
 import torch
 from kernels import same, state_of
@@ -327,6 +328,34 @@ def test_out_of_memory_names_the_settings_and_keeps_the_checkpoint(
     assert torch.load(Path(settings["save_dir"]) / LAST, weights_only=True)["epoch"] == 1
     assert len(go()) == 3
     assert same(state_of(whole), state_of(Path(settings["save_dir"])))
+
+
+NO_ROOM = (  # how a GPU's libraries say it when their own memory cannot be had
+    "FIND was unable to find an engine to execute this computation",
+    "CUDA error: CUBLAS_STATUS_ALLOC_FAILED when calling `cublasCreate(handle)`",
+)
+
+
+@pytest.mark.parametrize("text", NO_ROOM)
+def test_out_of_memory_in_other_words_names_the_settings_too(nb, settings, text):
+    config = nb.make_config(**settings)
+    assert "set batch_size = 2, or a smaller image_size" in nb.advice(RuntimeError(text), config)
+
+
+def test_an_error_lets_go_of_the_loader_processes(nb, start, monkeypatch):
+    """A notebook keeps the last error, and with it what its traceback holds."""
+    children = []
+
+    def fail(*_):
+        children.extend(psutil.Process().children())
+        raise ValueError("in the middle of an epoch")
+
+    run, go = start(num_workers=1)
+    monkeypatch.setattr(nb, "forward", fail)
+    with pytest.raises(ValueError, match="in the middle") as caught:
+        go()
+    assert children and caught.tb
+    assert not {child.pid for child in psutil.Process().children()} & {c.pid for c in children}
 
 
 def test_an_error_that_only_speaks_of_memory_stays_what_it_is(nb, start, monkeypatch):

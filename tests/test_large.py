@@ -135,12 +135,12 @@ def test_a_large_file_of_any_kind_is_read_tile_by_tile(nb, settings, monkeypatch
     for tile in tiles:
         x, y, width, height = tile.box
         path = root / tile.name.partition("#")[0]
-        pixels, numbers = nb.read_tile(tile, config)
+        pixels, numbers = nb.read_tile(tile)
         truth = np.asarray(Image.open(path))[y : y + height, x : x + width]
         assert abs(pixels.astype(int) - truth).mean() < (1 if path.suffix == ".jpg" else 1e-9)
         own = label[::-1] if "tiled" in tile.name else label
         assert np.array_equal(numbers, own[y : y + height, x : x + width])
-        part = nb.read_tile(tile, config, (20, 30), 16)
+        part = nb.read_tile(tile, 20, 30, 16)
         assert np.array_equal(part[0], pixels[30:46, 20:36])
         assert np.array_equal(part[1], numbers[30:46, 20:36])
 
@@ -152,7 +152,7 @@ def test_pixels_without_data_have_no_class(nb, settings, whole):
     save(Path(settings["root"]) / settings["images_dir"] / "a_1.png", clear)
     save(Path(settings["root"]) / settings["labels_dir"] / "a_1_label.png", 255 * label)
     (tile,), config = verified(nb, settings)
-    pixels, numbers = nb.read_tile(tile, config)
+    pixels, numbers = nb.read_tile(tile)
     assert (numbers[:50] == nb.IGNORE_INDEX).all() and (pixels[:50] == 0).all()
     assert np.array_equal(pixels[50:], image[50:]) and tile.class_pixels.sum() == 100 * 150
 
@@ -177,7 +177,7 @@ def test_one_raster_is_noted_as_small_tiles(nb, settings, write_raster, width, h
         assert tile.name == f"images/images/ortho.png#{x},{y},{across},{down}"
         own = label[y : y + down, x : x + across]
         assert tile.class_pixels.tolist() == [(own == 0).sum(), (own == 1).sum()]
-        assert np.array_equal(nb.read_tile(tile, config)[1], own)
+        assert np.array_equal(nb.read_tile(tile)[1], own)
     split, how = nb.split_tiles(tiles, config)
     assert "1 scenes are too few" in how and all(split.values())
     assert sum(split.values(), []) == tiles  # contiguous, in their order

@@ -74,7 +74,7 @@ def verify(nb, settings):
 
 def labels_read(nb, tiles, config):
     """The labels as the model meets them, in the order of the tiles' numbers."""
-    return [nb.read_tile(tile, config)[1] for tile in tiles]
+    return [nb.read_tile(tile)[1] for tile in tiles]
 
 
 def png(values):
@@ -309,7 +309,7 @@ def test_ignored_and_unseen_pixels_have_no_class(nb, write, verify):
 
     write(png(strip), image)
     tiles, _, config = verify(ignore_value=100)
-    read = nb.read_tile(tiles[0], config)[1]
+    read = nb.read_tile(tiles[0])[1]
     assert (read[:8] == nb.IGNORE_INDEX).all() and (read[16:24] == nb.IGNORE_INDEX).all()
     assert set(np.unique(read[24:])) <= {0, 1} and tiles[0].class_pixels.sum() == SIDE * 48
 
@@ -351,7 +351,7 @@ def test_images_are_read_as_cameras_and_satellites_give_them(nb, write, verify, 
     assert len(tiles) == COUNT
     for tile in tiles:
         number = int(Path(tile.key).stem.removeprefix("area").partition("_")[0])
-        read, truth = nb.read_tile(tile, config)[0].astype(int), photo(number).astype(int)
+        read, truth = nb.read_tile(tile)[0].astype(int), photo(number).astype(int)
         truth = truth[..., :1] if name == "white stored as 0" else truth
         assert abs(read - truth).mean() < 12 and len(np.unique(read)) > 60
         assert abs(tile.class_pixels.sum() - SIDE**2) == 0  # nothing was taken for transparent
@@ -370,7 +370,7 @@ def test_one_hot_pixel_does_not_blacken_all(nb, write, verify):
     write(image=image)
     tiles, _, config = verify()
     assert len({tile.scale for tile in tiles}) == 1
-    assert all(nb.read_tile(tile, config)[0].max() > 200 for tile in tiles)
+    assert all(nb.read_tile(tile)[0].max() > 200 for tile in tiles)
 
 
 @pytest.mark.parametrize("turn", range(2, 9))
@@ -396,7 +396,7 @@ def test_photographs_are_turned_as_their_camera_says(nb, settings, verify, turn,
     tiles, report, config = verify()
     assert (report["kind"] == "orientation tag").sum() == 4
     for n, tile in enumerate(tiles):
-        assert abs(nb.read_tile(tile, config)[0].astype(int) - upright[n]).mean() < 8
+        assert abs(nb.read_tile(tile)[0].astype(int) - upright[n]).mean() < 8
 
 
 def test_a_georeferenced_image_is_not_turned(nb, settings, verify):
@@ -415,7 +415,7 @@ def test_a_georeferenced_image_is_not_turned(nb, settings, verify):
     assert not any(nb.open_raster(tile.image).transform.is_identity for tile in tiles)
     for tile in tiles:
         truth = photo(int(tile.key[4])).astype(int)
-        assert abs(nb.read_tile(tile, config)[0].astype(int) - truth).mean() < 8
+        assert abs(nb.read_tile(tile)[0].astype(int) - truth).mean() < 8
 
 
 @pytest.mark.parametrize("bits", [2, 4])
@@ -426,7 +426,7 @@ def test_images_of_few_bits_are_not_dark(nb, write, verify, bits):
 
     write(image=image)
     tiles, _, config = verify()
-    assert max(nb.read_tile(tile, config)[0].max() for tile in tiles) > 200
+    assert max(nb.read_tile(tile)[0].max() for tile in tiles) > 200
 
 
 def test_infrared_called_alpha_beside_missing_numbers(nb, write, verify):
@@ -438,7 +438,7 @@ def test_infrared_called_alpha_beside_missing_numbers(nb, write, verify):
     write(image=image)
     tiles, _, config = verify()
     for tile in tiles:
-        pixels, label = nb.read_tile(tile, config)
+        pixels, label = nb.read_tile(tile)
         assert (label[:8] == nb.IGNORE_INDEX).all() and (label[8:] != nb.IGNORE_INDEX).all()
 
 
@@ -491,7 +491,7 @@ def test_pairs_as_tools_name_them(nb, settings, verify, image, label, folders, r
     tiles, _, config = verify(images_dir=folders[0], labels_dir=folders[1])
     pairs, faults, said = nb.pair_files(config)
     assert len(tiles) == len(pairs) == COUNT and not faults and rule in said
-    read = {tile.image: nb.read_tile(tile, config)[1] for tile in tiles}
+    read = {tile.image: nb.read_tile(tile)[1] for tile in tiles}
     for n in range(COUNT):
         assert np.array_equal(read[str(root / image.format(n))], roofs(n))
 
@@ -549,7 +549,7 @@ def placed(path, pixels, n):
 def check(nb, tiles, config, tolerance=0.99):
     assert len(tiles) == COUNT
     for n, tile in enumerate(tiles):
-        read = nb.read_tile(tile, config)[1]
+        read = nb.read_tile(tile)[1]
         seen = read != nb.IGNORE_INDEX
         assert seen.mean() > 0.9 and (read == roofs(n))[seen].mean() > tolerance
 
@@ -667,7 +667,7 @@ def test_a_label_by_place_keeps_what_its_file_says(nb, write, verify):
     assert len(tiles) == COUNT
     for tile in tiles:
         n = int(tile.key.removeprefix("area").partition("_")[0])
-        read = nb.read_tile(tile, config)[1]
+        read = nb.read_tile(tile)[1]
         seen = read != nb.IGNORE_INDEX
         assert (read == roofs(n))[seen].mean() > 0.99
         assert seen[:, :60].all() and seen[:, 60:].all() == (n % 3 != 2)
@@ -814,11 +814,11 @@ def test_names_of_a_web_map_are_places(nb, settings, verify):
 def test_what_was_verified_is_what_is_read_whatever_happens_to_the_files(nb, write, verify):
     root = write()
     tiles, _, config = verify()
-    before = [nb.read_tile(tile, config) for tile in tiles]
+    before = [nb.read_tile(tile) for tile in tiles]
     save(Path(tiles[0].image), 255 - photo(0))
     shutil.rmtree(root / "label")
     for tile, (image, label) in zip(tiles, before, strict=True):
-        again = nb.read_tile(tile, config)
+        again = nb.read_tile(tile)
         assert np.array_equal(again[0], image) and np.array_equal(again[1], label)
 
 
@@ -835,7 +835,7 @@ def test_the_cache_holds_what_is_needed_and_is_not_written_again(nb, write, veri
     now = {path: path.stat().st_mtime_ns for path in cache.iterdir()}
     assert set(now) == {tile.pixels for tile in tiles} and len(set(now) - set(made)) == 2
     assert all(made[path] == time for path, time in now.items() if path in made)
-    by_key = {tile.key: nb.read_tile(tile, config) for tile in tiles}
+    by_key = {tile.key: nb.read_tile(tile) for tile in tiles}
     assert np.array_equal(by_key["area0_1"][1], roofs(5))
     assert np.array_equal(by_key["area1_1"][0], 255 - photo(1))
 

@@ -479,6 +479,21 @@ def test_memory_estimate_grows_with_the_batch(nb, settings):
     assert large - weights == pytest.approx(4 * (small - weights)) and small > weights
 
 
+def test_a_precision_that_runs_out_of_memory_has_no_figures_and_the_others_do(
+    nb, settings, monkeypatch
+):
+    autocast = nb.autocast
+
+    def full(device, precision):
+        if precision == "fp32":
+            raise torch.OutOfMemoryError("CUDA out of memory")
+        return autocast(device, precision)
+
+    monkeypatch.setattr(nb, "autocast", full)
+    costs = nb.try_model(nb.make_config(**settings), CPU, ["fp32", "bf16"])
+    assert costs.loc["fp32"].isna().all() and (costs.loc["bf16"] > 0).all()
+
+
 @pytest.mark.parametrize("precision", ["fp32", "bf16"])
 def test_memory_estimate_is_near_what_a_step_takes(nb, settings, precision):
     """Measured: the memory held between forward and backward, as PyTorch reports allocations."""

@@ -102,7 +102,7 @@ def test_tiles_of_16_bits_are_read_at_its_scale(nb, small, make_model, tmp_path)
         write_raster(tmp_path / f"data/images/images/t_{number}.tif", image)
         save(tmp_path / f"data/label/label/t_{number}_label.png", label)
     tiles, _ = nb.verify_dataset(nb.make_config(**small | {"model": str(path)}))
-    image, _ = nb.read_tile(tiles[0], nb.make_config(**small))
+    image, _ = nb.read_tile(tiles[0])
     assert tiles[0].scale == [100, 1100]
     assert 127 <= image[8:].min() and image[8:].max() <= 137  # (600 to 640 - 100) / 1000 of 255
     assert image[:8].min() == 255

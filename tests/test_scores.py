@@ -498,7 +498,7 @@ def test_the_box_of_a_suspect_is_in_the_picture_whatever_the_size_of_the_tile(
     """A row shows the whole tile, or what lies round the box."""
     image, label = np.full((900, 1300, 3), 9, np.uint8), np.zeros((900, 1300), np.uint8)
     rows = []
-    monkeypatch.setattr(nb, "read_tile", lambda tile, config: (image, label))
+    monkeypatch.setattr(nb, "read_tile", lambda tile: (image, label))
     monkeypatch.setattr(nb, "is_cut", lambda tile, config: True)
     monkeypatch.setattr(nb, "show_grid", lambda *words: rows.append(words))
     model = nn.Conv2d(3, 2, 1)

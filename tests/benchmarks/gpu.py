@@ -29,7 +29,7 @@ sys.path.insert(0, str(Path(__file__).parents[1]))
 import nbtools
 
 SIDE = 8192  # of the matrices
-TOO_MANY = 2**14  # windows in a batch
+TOO_MANY = 2**12  # windows in a batch
 
 
 def peak(device: torch.device) -> float:
@@ -47,6 +47,7 @@ def steps(nb, config, tiles, device, precision, number, top) -> dict:
     data = nb.RooftopDataset((tiles * copies)[: number * config.batch_size], config, train=True)
     loader, loss_fn = nb.make_loader(data, device), nb.CombinedLoss(0.6, 0.4)
     run = nb.Run(config, device, precision, {})
+    number = len(loader)  # of tiles with several windows more
     images, labels = next(iter(loader))
     batch = images.to(device, memory_format=torch.channels_last), labels.to(device)
     with FlopCounterMode(display=False) as flops:
@@ -66,7 +67,7 @@ def steps(nb, config, tiles, device, precision, number, top) -> dict:
 
 def too_large(nb, config, tiles, device) -> str:
     """What the notebook says of a batch that does not fit."""
-    config = replace(config, batch_size=TOO_MANY, large_images="resize")
+    config = replace(config, batch_size=TOO_MANY, num_workers=0, large_images="resize")
     split = {"train": tiles * (2 * TOO_MANY // len(tiles) + 1), "val": tiles[:2], "test": []}
     try:
         nb.fit(nb.Run(config, device, nb.choose_precision("auto", device), {}), split)

@@ -85,7 +85,7 @@ def write_tiles(root: Path, folder: Path, number: int) -> None:
     for place in ("images", "labels"):
         (folder / place).mkdir()
     for tile in tiles[:: max(1, len(tiles) // number)][:number]:
-        image, label = nb.read_tile(tile, config)
+        image, label = nb.read_tile(tile)
         bands = {"images": np.moveaxis(image, 2, 0), "labels": label[None]}
         for place, pixels in bands.items():
             size = {"count": len(pixels), "height": len(label), "width": label.shape[1]}

@@ -23,7 +23,7 @@ import pandas as pd
 sys.path.insert(0, str(Path(__file__).parents[1]))
 import nbtools
 
-PLACES = ["^zanzibar", "^(banepa|catanduanes)", "^jonkoping-c(0[6-9]|1)"]
+PLACES = ["^zanzibar", "^(?:banepa|catanduanes)", "^jonkoping-c(?:0[6-9]|1)"]
 SHARE = 0.1  # of the scenes of a place validate
 
 
