@@ -57,7 +57,8 @@ def run(path: Path, cwd: Path, twice: bool = False, **settings: object) -> nbfor
             lines = [f"{name} = {value!r}" for name, value in settings.items()]
             cells.append(nbformat.v4.new_code_cell("\n".join(lines)))
     notebook.cells = cells
-    NotebookClient(notebook, timeout=None, resources={"metadata": {"path": str(cwd)}}).execute()
+    options = {"timeout": None, "iopub_timeout": 60}  # outputs that come late are not lost
+    NotebookClient(notebook, resources={"metadata": {"path": str(cwd)}}, **options).execute()
     return notebook
 
 
