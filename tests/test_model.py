@@ -511,6 +511,20 @@ def test_memory_estimate_is_near_what_a_step_takes(nb, settings, precision):
     assert logits.requires_grad and 0.8 < estimate / held < 1.25 and costs["seconds a window"] > 0
 
 
+@pytest.mark.parametrize("batch", [4, 8])
+def test_section_3_counts_the_windows_that_an_epoch_has(nb, settings, write_pair, batch):
+    """13 tiles, 7 to train and 3 each to judge: of those 7 a batch of 4 leaves three for later."""
+    for i in range(13):
+        write_pair(f"s{i}_1")
+    config = nb.make_config(**settings | {"split": [0.54, 0.23, 0.23], "batch_size": batch})
+    tiles = nb.find_scenes(nb.verify_dataset(config)[0], config.group_by)
+    split, _ = nb.split_tiles(tiles, config)
+    train, val = (nb.RooftopDataset(split[p], config, p == "train") for p in ("train", "val"))
+    seen = sum(len(images) for images, _ in nb.make_loader(train, CPU)) + len(val) / 3
+    assert nb.windows_an_epoch(tiles, config) == pytest.approx(seen, abs=0.2)
+    assert seen == {4: 5, 8: 8}[batch]
+
+
 def test_the_model_of_section_3_is_gone_when_its_costs_are_known(nb, settings, monkeypatch):
     built, build = [], nb.build_model
 
