@@ -1,21 +1,27 @@
 """What a random split of the tiles claims, and what scenes that stay whole say; prints figures.
 
-usage: python tests/benchmarks/leakage.py path/to/tiles
-           [--seeds 3] [--epochs 20] [--encoder resnet18] [--side 128] [--batch 8]
+usage: python tests/benchmarks/leakage.py path/to/tiles [name=value ...] [--seeds 1 2 3]
+           [--of REGEX] [--elsewhere REGEX]
 
 For each seed, with shares of 60, 20 and 20 %: (1) a random split of the tiles and (2) a split by
 scene, each trained and scored on its own test tiles; (3) the same tiles judged twice: half of the
 tiles of (2)'s test scenes, drawn at random within each scene, are judged by the model of (2), which
 knows nothing of their scenes, and by a model with as many training tiles, among them the other
-halves of those scenes.
+halves of those scenes. All of it with the tiles alone whose names --of finds; (1) and (2) are then
+judged on those that --elsewhere finds, too. Any setting of the notebook may be given; without any,
+it is a small model for a CPU.
 """
 
 import argparse
 import random
+import re
 import sys
 import tempfile
 from collections import defaultdict
 from pathlib import Path
+
+import pandas as pd
+from unseen import setting
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
 import nbtools
@@ -50,40 +56,50 @@ def halves(tiles, rng):
     return first, second
 
 
+SMALL = {"encoder_name": "resnet18", "encoder_weights": None, "image_size": 128, "epochs": 20}
+SMALL |= {"batch_size": 8, "large_images": "resize"}
+
+
+def one_seed(nb, settings, words):
+    """Roof IoU by what is judged."""
+    device, runs, splits, row = nb.pick_device(), {}, {}, {}
+    for way, group_by in {"random": None, "by scene": "auto"}.items():
+        own = {"group_by": group_by, "save_dir": tempfile.mkdtemp(), "split": [0.6, 0.2, 0.2]}
+        config = nb.make_config(**settings | own)
+        tiles = nb.verify_dataset(config)[0]
+        found = {
+            name: nb.find_scenes([t for t in tiles if re.search(name, Path(t.name).stem)], group_by)
+            for name in (words.of, words.elsewhere)
+        }
+        splits[way], _ = nb.split_tiles(found[words.of], config)
+        runs[way] = train(nb, config, splits[way], device)
+        row[f"{way}, own test"] = judge(nb, config, runs[way], splits[way]["test"])
+        if found[words.elsewhere]:
+            row[f"{way}, elsewhere"] = judge(nb, config, runs[way], found[words.elsewhere])
+    rng, split = random.Random(config.seed), splits["by scene"]
+    known, judged = halves(split["test"], rng)
+    kept = rng.sample(split["train"], len(split["train"]) - len(known))
+    leaky = train(nb, config, split | {"train": kept + known}, device)
+    row["scenes known"] = judge(nb, config, leaky, judged)
+    row["scenes unknown"] = judge(nb, config, runs["by scene"], judged)
+    return row
+
+
 def main():
     """Measure and print."""
     parser = argparse.ArgumentParser()
     parser.add_argument("root")
-    parser.add_argument("--encoder", default="resnet18")
-    for name, value in (("seeds", 3), ("epochs", 20), ("side", 128), ("batch", 8)):
-        parser.add_argument(f"--{name}", type=int, default=value)
+    parser.add_argument("settings", nargs="*", type=setting)
+    parser.add_argument("--seeds", nargs="*", type=int, default=[1, 2, 3])
+    parser.add_argument("--of", default="")
+    parser.add_argument("--elsewhere", default="(?!)")  # none
     words = parser.parse_args()
-    nb = nbtools.load()
-    device, rows = nb.pick_device(), []
-    fixed = {"root": words.root, "encoder_name": words.encoder, "encoder_weights": None}
-    fixed |= {"image_size": words.side, "batch_size": words.batch, "epochs": words.epochs}
-    fixed |= {"split": [0.6, 0.2, 0.2], "large_images": "resize"}
-    ways = (None, "auto")
-    for seed in range(1, words.seeds + 1):
-        runs, splits = {}, {}
-        for group_by in ways:
-            own = {"seed": seed, "group_by": group_by, "save_dir": tempfile.mkdtemp()}
-            config = nb.make_config(**nbtools.settings() | fixed | own)
-            tiles = nb.find_scenes(nb.verify_dataset(config)[0], group_by)
-            splits[group_by], _ = nb.split_tiles(tiles, config)
-            runs[group_by] = train(nb, config, splits[group_by], device)
-        own = [judge(nb, config, runs[way], splits[way]["test"]) for way in ways]
-        rng, split = random.Random(seed), splits["auto"]
-        known, judged = halves(split["test"], rng)
-        kept = rng.sample(split["train"], len(split["train"]) - len(known))
-        unaware = judge(nb, config, runs["auto"], judged)
-        leaky = train(nb, config, split | {"train": kept + known}, device)
-        rows.append((*own, judge(nb, config, leaky, judged), unaware))
-        print(f"seed {seed}: random split {own[0]:.3f}, by scene {own[1]:.3f};", end=" ")
-        print(f"{len(judged)} tiles with the rest of their scenes in training", end=" ")
-        print(f"{rows[-1][2]:.3f}, without {unaware:.3f}")
-    means = [sum(column) / len(rows) for column in zip(*rows, strict=True)]
-    print("means: " + ", ".join(f"{mean:.3f}" for mean in means))
+    nb, rows = nbtools.load(), []
+    settings = nbtools.settings() | SMALL | {"root": words.root} | dict(words.settings)
+    for seed in words.seeds:
+        rows.append(one_seed(nb, settings | {"seed": seed}, words))
+        print(pd.DataFrame(rows[-1:], [f"seed {seed}"]).T.to_string(float_format="%.3f"))
+    print(pd.DataFrame(rows).mean().to_string(float_format="%.3f"))
 
 
 if __name__ == "__main__":
