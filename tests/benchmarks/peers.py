@@ -39,23 +39,22 @@ ENCODER = "resnet50"
 
 
 class Clock:
-    """Notes when a model of smp begins a training step, and how many images it gets."""
+    """Notes when a model of smp begins a training step on a batch of the given size."""
 
-    def __init__(self) -> None:
-        self.times, self.images = [], []
+    def __init__(self, batch: int) -> None:
+        self.times, self.batch = [], batch
         forward = smp.DeepLabV3Plus.forward
 
         def timed(model: torch.nn.Module, images: torch.Tensor) -> torch.Tensor:
-            if model.training:
+            if model.training and len(images) == batch:  # trials of a few images are no steps
                 self.times.append(time.perf_counter())
-                self.images.append(len(images))
             return forward(model, images)
 
         smp.DeepLabV3Plus.forward = timed
 
     def rate(self) -> float:
         """Images a second between the first training step and the last."""
-        return sum(self.images[:-1]) / (self.times[-1] - self.times[0])
+        return (len(self.times) - 1) * self.batch / (self.times[-1] - self.times[0])
 
 
 class Tiles(Dataset):
@@ -170,22 +169,24 @@ def train_geoai(folder: Path, batch: int) -> None:
     )
 
 
-def map_ours(folder: Path, model: str, scene: str) -> None:
-    """Section 13, one view."""
+def map_ours(folder: Path, model: str, scene: str) -> float:
+    """Section 13, one view; seconds from the model's file to the outlines."""
     nb = nbtools.load()
     given = {"root": str(folder / "empty"), "save_dir": str(folder), "model": model}
     (folder / "empty").mkdir()
     config = nb.make_config(**nbtools.settings() | given)
+    started = time.perf_counter()
     device, saved = nb.pick_device(), nb.load_checkpoint(model)
     models = [nb.load_model(Path(model), device)]
     precision = nb.choose_precision("auto", device)
     predictor = nb.Predictor(models, config, device, precision, False, saved.get("threshold", 0.5))
     facts = {"scales": saved["scales"], "ground_resolution": None}
     nb.measure_roofs(nb.map_scene(Path(scene), predictor, facts), 4.0, Path(scene))
+    return time.perf_counter() - started
 
 
-def map_geoai(folder: Path, model: str, scene: str) -> None:
-    """geoai's mask alone, the same windows and overlap."""
+def map_geoai(folder: Path, model: str, scene: str) -> float:
+    """geoai's mask alone, the same windows and overlap; seconds from the model's file to it."""
     import geoai
 
     saved = torch.load(model, weights_only=True)
@@ -194,17 +195,19 @@ def map_geoai(folder: Path, model: str, scene: str) -> None:
     options = {"architecture": "deeplabv3plus", "encoder_name": encoder, "quiet": True}
     options |= {"window_size": size, "overlap": size // 4, "batch_size": 32}
     out = str(folder / "mask.tif")
+    started = time.perf_counter()
     geoai.semantic_segmentation(scene, out, str(folder / "weights.pth"), **options)
+    return time.perf_counter() - started
 
 
 def one(what: str, folder: Path, words: argparse.Namespace) -> None:
     """Do one thing in this process, and print its figures."""
-    clock, started = Clock(), time.perf_counter()
+    clock = Clock(words.batch)
     if what.startswith("map "):
-        {"map ours": map_ours, "map geoai": map_geoai}[what](folder, words.model, words.scene)
+        mapper = {"map ours": map_ours, "map geoai": map_geoai}[what]
+        seconds = mapper(folder, words.model, words.scene)
         with rasterio.open(words.scene) as scene:
-            rate = scene.width * scene.height / 1e6 / (time.perf_counter() - started)
-        unit = "megapixels/s, imports included"
+            rate, unit = scene.width * scene.height / 1e6 / seconds, "megapixels/s"
     else:
         if what.startswith("ours"):
             train_ours(folder, words.batch, "fp32" if "fp32" in what else "auto")
