@@ -1,5 +1,6 @@
 """Model, weights, loss, metrics, training."""
 
+import copy
 import gc
 import json
 import math
@@ -465,6 +466,28 @@ def test_checkpoint_round_trip_needs_no_network(nb, prepared, monkeypatch):
     assert saved["split"] == names and saved["files"] == "x"
     assert saved["encoder_weights"] == "random" and saved["epoch"] == 2
     assert not list(Path(config.save_dir).glob("*.part"))
+
+
+def test_a_placed_model_is_the_same_model(nb, settings):
+    """Answers, gradients and names of weights; the far-reaching layers get channel after channel."""
+    config = nb.make_config(**settings | {"image_size": 128})
+    plain = nb.build_model(config).eval()  # no dropout
+    placed = copy.deepcopy(nb.placed(copy.deepcopy(plain), CPU))  # as a run's average is made
+    placed.load_state_dict(plain.state_dict())
+    images, met = torch.randn(4, 3, 128, 128), []
+    for layer in placed.decoder.aspp.modules():
+        if isinstance(layer, nn.Conv2d) and layer.dilation[0] > 1:
+            layer.register_forward_pre_hook(lambda _, x: met.append(x[0].is_contiguous()))
+            met.append(layer.weight.stride(1) == 9)  # of one channel: strides tell, flags do not
+    for model in (plain, placed):
+        model(images.to(memory_format=torch.channels_last)).logsumexp(1).mean().backward()
+    assert met == 6 * [True]
+    ours, theirs = (dict(model.named_parameters()) for model in (plain, placed))
+    assert list(ours) == list(theirs)
+    for name in ours:
+        assert torch.allclose(ours[name].grad, theirs[name].grad, atol=1e-5), name
+    with torch.no_grad():
+        assert torch.allclose(plain(images), placed(images), atol=1e-5)
 
 
 # ---- what a training step takes

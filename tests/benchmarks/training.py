@@ -6,7 +6,8 @@ usage: python tests/benchmarks/training.py [path/to/tiles]
 Per round, on the same tiles, model and settings: (a) an epoch of the notebook's one_pass, with
 reading, augmentation and running metrics, then a validation and a checkpoint, timed apart; (b) the
 model step alone on one batch that stays on the device; (c) an epoch of a plain loop that decodes every
-tile in the main process and computes in fp32. Beside (a) and the validation stands what section 3
+tile in the main process and computes in fp32; (d) the same as (b) with all layers channels last, those
+too that the notebook lays out otherwise on a CPU. Beside (a) and the validation stands what section 3
 expects of them. Without a folder the notebook's sample is used. With --give-back memory that is freed
 goes back to the system, which the notebook does not let happen.
 """
@@ -108,6 +109,10 @@ def measure(nb, words, config, tiles, device):
     loss_fn = nb.CombinedLoss(config.ce_weight, config.dice_weight)
     run, plain = (nb.Run(config, device, name, {}) for name in (precision, "fp32"))
     plain.optimizer = torch.optim.AdamW(plain.learner.parameters(), config.learning_rate)
+    one_layout = nb.Run(config, device, precision, {})
+    one_layout.learner = nb.build_model(config).to(device, memory_format=torch.channels_last)
+    rates = {"lr": config.learning_rate, "fused": device.type in ("cpu", "cuda")}
+    one_layout.optimizer = torch.optim.AdamW(one_layout.learner.parameters(), **rates)
     images, labels = next(iter(loader))
     batch = (images.to(device, memory_format=torch.channels_last), labels.to(device))
     run.history.append({"epoch": 1, "val_loss": 1.0, "val_iou": 0.5, "seconds": 1.0})
@@ -115,27 +120,30 @@ def measure(nb, words, config, tiles, device):
     print(f"{len(tiles)} tiles, {steps} batches of {words.batch} a round,", end=" ")
     print(f"{words.side} px, {device}, {precision}")
     nb.one_pass(run, loader, loss_fn)  # warm-up: processes start, kernels are chosen
-    bare_steps(nb, run, batch, 2, loss_fn)
+    for warmed in (run, one_layout):
+        bare_steps(nb, warmed, batch, 2, loss_fn)
     rows, nb.WRITING = [], float("inf")
     for _ in range(words.rounds):
         notebook = timed(lambda: nb.one_pass(run, loader, loss_fn), device)
         bare = timed(lambda: bare_steps(nb, run, batch, steps, loss_fn), device)
         slow = timed(lambda: plain_epoch(nb, plain, train, words.batch, loss_fn), device)
+        alike = timed(lambda: bare_steps(nb, one_layout, batch, steps, loss_fn), device)
         validation = timed(lambda: nb.one_pass(run, held_out, loss_fn), device)
         saving = timed(lambda: nb.finish_epoch(run, ["iou", "loss"]), device)
-        rows.append((notebook, bare, slow, validation, saving))
+        rows.append((notebook, bare, slow, alike, validation, saving))
         print("  " + "  ".join(f"{seconds:7.2f} s" for seconds in rows[-1]), flush=True)
     images_a_round = steps * words.batch
-    names = ("(a) the notebook's epoch", "(b) the bare step", "(c) a plain loop")
+    names = ("(a) the notebook's epoch", "(b) the bare step", "(c) a plain loop", "(d) one layout")
     for i, name in enumerate(names):
         print(f"{name}: {images_a_round / statistics.median(row[i] for row in rows):.2f} images/s")
     print(f"(a)/(b) {statistics.median(row[1] / row[0] for row in rows):.3f}, median of the rounds")
     print(f"(a)/(c) {statistics.median(row[2] / row[0] for row in rows):.2f}")
+    print(f"(d)/(b) {statistics.median(row[3] / row[1] for row in rows):.2f}")
     expected = a_window * (images_a_round + len(judged) / 3)
-    took = statistics.median(row[0] + row[3] for row in rows)
+    took = statistics.median(row[0] + row[4] for row in rows)
     print(f"section 3 expects {expected:.1f} s for training and validation; they took {took:.1f} s")
-    whole = [(row[0] + row[3] + row[4]) for row in rows]
-    for i, name in ((3, "validation"), (4, "checkpoints (last and both best)")):
+    whole = [(row[0] + row[4] + row[5]) for row in rows]
+    for i, name in ((4, "validation"), (5, "checkpoints (last and both best)")):
         share = statistics.median(row[i] / total for row, total in zip(rows, whole, strict=True))
         print(f"{name}: {share:.1%} of an epoch of {len(tiles)} training", end=" ")
         print(f"and {len(judged)} validation tiles")
