@@ -100,7 +100,7 @@ def test_a_cell_defines_or_acts_and_fits_a_screen(cell):
 def test_budget():
     """Lines of code, their length, and cells and functions that fit a screen."""
     lines = [code_lines(cell) for cell in CODE]
-    assert sum(lines) <= 2536 and statistics.median(lines) <= 15
+    assert sum(lines) <= 2537 and statistics.median(lines) <= 15
     assert max(len(line) for cell in CODE for line in cell.source.splitlines()) <= 100
     assert len(PROSE) >= 0.8 * len(CODE)
     functions = [
