@@ -176,7 +176,7 @@ def test_with_no_tiles_it_maps_only(make_model, tmp_path):
     assert left == {"scenes", "rooftop.onnx", "dataset_report.csv"}
     assert {file.name for file in (here / "dataset").iterdir()} == {"scenes"}  # no sample
     assert "threshold 0.31, tta False" in text_of(notebook, "in-force")
-    idle = "meaning-run verify-kinds verify-shares step-run loader-run leak-run look-tiles "
+    idle = "meaning-run verify-kinds step-run loader-run leak-run look-tiles "
     idle += "look-augmented start-run choose-run threshold-curve score-run show-random"
     for cell in idle.split():
         assert "nothing to do here without" in text_of(notebook, cell), cell
