@@ -10,7 +10,7 @@ torchgeo's SemanticSegmentationTask; geoai's train_segmentation_model. Each in f
 precision as well; each with its defaults otherwise. Images a second are counted from the first
 training step to the last, in the model itself, so that start and end do not matter. With a model of this
 notebook and a scene, section 13 (one view, files included) stands beside geoai's semantic_segmentation
-with the same weights and windows, in fp32 as well.
+with the same weights and windows; ours in fp32, as that is, and in its own precision.
 """
 
 import argparse
@@ -185,8 +185,8 @@ def map_ours(folder: Path, model: str, scene: str, precision: str) -> float:
     return time.perf_counter() - started
 
 
-def map_geoai(folder: Path, model: str, scene: str, _: str) -> float:
-    """geoai's mask alone, as above but in its own precision, fp32; seconds from file to mask."""
+def map_geoai(folder: Path, model: str, scene: str) -> float:
+    """geoai's mask alone, the same windows and overlap; seconds from the model's file to it."""
     import geoai
 
     saved = torch.load(model, weights_only=True)
@@ -204,8 +204,10 @@ def one(what: str, folder: Path, words: argparse.Namespace) -> None:
     """Do one thing in this process, and print its figures."""
     clock, precision = Clock(words.batch), "fp32" if "fp32" in what else "auto"
     if what.startswith("map "):
-        mapper = map_ours if "ours" in what else map_geoai
-        seconds = mapper(folder, words.model, words.scene, precision)
+        if what.startswith("map ours"):
+            seconds = map_ours(folder, words.model, words.scene, precision)
+        else:
+            seconds = map_geoai(folder, words.model, words.scene)
         with rasterio.open(words.scene) as scene:
             rate, unit = scene.width * scene.height / 1e6 / seconds, "megapixels/s"
     else:

@@ -120,8 +120,6 @@ def measure(nb, words, config, tiles, device):
     print(f"{len(tiles)} tiles, {steps} batches of {words.batch} a round,", end=" ")
     print(f"{words.side} px, {device}, {precision}")
     nb.one_pass(run, loader, loss_fn)  # warm-up: processes start, kernels are chosen
-    for warmed in (run, one_layout):
-        bare_steps(nb, warmed, batch, 2, loss_fn)
     rows, nb.WRITING = [], float("inf")
     for _ in range(words.rounds):
         # another model's steps make the next one's slower, so that some go before, untimed
