@@ -91,7 +91,7 @@ def start(
     nb: ModuleType, settings: dict, write_pair: Callable, monkeypatch: pytest.MonkeyPatch
 ) -> Callable:
     """A function that makes a fresh run on twelve tiles: (run, go), where go trains as the notebook's cell does."""
-    monkeypatch.setattr(nb, "WRITING", float("inf"))  # after every epoch, short as they are
+    monkeypatch.setattr(nb, "WRITE_SHARE", float("inf"))  # after every epoch, short as they are
     for i in range(12):
         write_pair(f"s{i}_1")
 
@@ -102,17 +102,14 @@ def start(
             "early_stopping_patience": 9,
         }
         config, cpu = nb.make_config(**settings | small | changes), torch.device("cpu")
-        tiles = nb.find_scenes(nb.verify_dataset(config)[0], config.group_by)
+        tiles = nb.find_scenes(nb.inspect_dataset(config)[0], config.group_by)
         split, _ = nb.split_tiles(tiles, config)
         data = {"split": {p: [tile.name for tile in split[p]] for p in nb.SPLITS}, "files": "x"}
         run = nb.Run(config, cpu, nb.choose_precision(config.precision, cpu), data)
 
         def go() -> list[dict]:
-            if not run.history and not nb.resume_run(run):
-                nb.archive_old_run(Path(config.save_dir))
-            history = nb.fit(run, split)
-            nb.write_files(run)
-            return history
+            nb.train_or_resume(run, split)
+            return run.history
 
         return run, go
 

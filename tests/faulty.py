@@ -195,7 +195,7 @@ if __name__ == "__main__":
         "save_dir": str(folder / "results"),
         "image_size": SIDE,
     }
-    tiles, report = nb.verify_dataset(nb.make_config(**settings))
+    tiles, report = nb.inspect_dataset(nb.make_config(**settings))
     print(f"{len(tiles)} usable images, {len(report)} findings")
     table = report.groupby(["kind", "action"])["file"]
     table = table.agg(

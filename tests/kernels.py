@@ -95,7 +95,7 @@ def run_notebook(
             ids.index("start-run") + 1,
             nbformat.v4.new_code_cell(cells[ids.index("start-run")].source),
         )
-    before_training = f"WRITING = math.inf  # write after every epoch\n{before_training}"
+    before_training = f"WRITE_SHARE = math.inf  # write after every epoch\n{before_training}"
     cells.insert(ids.index("start-run"), nbformat.v4.new_code_cell(before_training))
     lines = [f"{name} = {value!r}" for name, value in settings.items()]
     cells.insert(ids.index("settings") + 1, nbformat.v4.new_code_cell("\n".join(lines)))

@@ -127,30 +127,30 @@ def picture(path: Path) -> None:
 
 def test_sample_only_for_the_default_root_without_any_image(nb, defaults, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    assert nb.use_sample(nb.make_config(**defaults))
+    assert nb.needs_sample(nb.make_config(**defaults))
     picture(Path("dataset/sample/images/images/a.png"))
     picture(Path("dataset/scenes/b.tif"))
     Path("dataset/README.md").write_text("not an image")
-    assert nb.use_sample(nb.make_config(**defaults))
+    assert nb.needs_sample(nb.make_config(**defaults))
     picture(Path("dataset/elsewhere/c.png"))
     with pytest.raises(
         FileNotFoundError, match=r"images_dir.*holds 1, the first is dataset/elsewhere/c.png"
     ):
-        nb.use_sample(nb.make_config(**defaults))
+        nb.needs_sample(nb.make_config(**defaults))
 
 
 def test_another_root_without_images_stops(nb, defaults, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     with pytest.raises(FileNotFoundError, match="root = 'tiles' is not a folder"):
-        nb.use_sample(nb.make_config(**defaults | {"root": "tiles"}))
+        nb.needs_sample(nb.make_config(**defaults | {"root": "tiles"}))
     Path("tiles").mkdir()
     with pytest.raises(FileNotFoundError, match="no image files in tiles/images/images"):
-        nb.use_sample(nb.make_config(**defaults | {"root": "tiles"}))
+        nb.needs_sample(nb.make_config(**defaults | {"root": "tiles"}))
     picture(Path("tiles/images/images/a.png"))
     with pytest.raises(FileNotFoundError, match="labels_dir"):
-        nb.use_sample(nb.make_config(**defaults | {"root": "tiles"}))
+        nb.needs_sample(nb.make_config(**defaults | {"root": "tiles"}))
     picture(Path("tiles/label/label/a_label.png"))
-    assert not nb.use_sample(nb.make_config(**defaults | {"root": "tiles"}))
+    assert not nb.needs_sample(nb.make_config(**defaults | {"root": "tiles"}))
 
 
 def test_sample_only_lowers_settings_and_keeps_apart(nb, defaults):

@@ -25,7 +25,7 @@ def inspect_one(nb, config):
     """The tile of the only pair, if it is usable, and the faults."""
     (pair,), _, _ = nb.pair_files(config)
     found = nb.inspect_pair(pair, None, config)
-    tiles, faults = nb.decide([one for one in found if isinstance(one, nb.Tile)], config)
+    tiles, faults = nb.interpret_pixels([one for one in found if isinstance(one, nb.Tile)], config)
     faults = [one for one in found if isinstance(one, nb.Fault)] + faults
     return tiles[0] if tiles else None, faults
 
@@ -82,7 +82,7 @@ def test_every_fault_is_found_and_good_pairs_go_on(nb, settings):
     root = Path(settings["root"])
     expected = faulty.build(root)
     before = {path: path.read_bytes() for path in root.rglob("*.*") if path.is_file()}
-    tiles, report = nb.verify_dataset(config_of(nb, settings))
+    tiles, report = nb.inspect_dataset(config_of(nb, settings))
     found = {(Path(row.file).name, row.kind, row.action) for row in report.itertuples()}
     assert {(name, *what) for name, what in expected.items()} <= found
     left_out = {Path(row.file).stem for row in report.itertuples() if row.action == "left out"}
@@ -109,7 +109,7 @@ def test_of_identical_images_the_first_is_used(nb, settings, write_pair):
     images = Path(settings["root"]) / settings["images_dir"]
     for i in range(4, 12, 4):
         (images / f"s{i}_1.png").write_bytes((images / "s1_1.png").read_bytes())
-    tiles, report = nb.verify_dataset(config_of(nb, settings))
+    tiles, report = nb.inspect_dataset(config_of(nb, settings))
     kept = [Path(tile.name).stem for tile in tiles]
     assert kept == [f"s{i}_1" for i in range(12) if i not in (4, 8)]
     twins = report[report["kind"] == "identical images"]
@@ -139,7 +139,7 @@ def test_links_are_followed_but_not_in_circles(nb, settings, write_pair, tmp_pat
     save(tmp_path / "elsewhere" / "y_1.png", np.zeros((8, 8, 3), np.uint8))
     (images / "linked").symlink_to(tmp_path / "elsewhere")
     (images / "circle").symlink_to(images)
-    found = [path.name for path in nb.walk(images) if path.suffix == ".png"]
+    found = [path.name for path in nb.list_files(images) if path.suffix == ".png"]
     assert found == ["y_1.png", "x_1.png"]
 
 
@@ -177,7 +177,7 @@ def test_layouts_of_well_known_data_sets(nb, settings, images_dir, labels_dir, l
         save(Path(settings["root"]) / name, label if is_label else image)
     layout = {"images_dir": images_dir, "labels_dir": labels_dir, "label_suffix": label_suffix}
     config = config_of(nb, settings, **layout)
-    assert not nb.use_sample(config)
+    assert not nb.needs_sample(config)
     pairs, faults, _ = nb.pair_files(config)
     root = settings["root"]
     found = sorted(Path(path).relative_to(root).as_posix() for pair in pairs for path in pair[1:3])
@@ -191,7 +191,7 @@ def test_a_folder_without_a_usable_pair_stops_with_the_reasons(nb, settings, wri
         ValueError,
         match=r"0 usable tiles with 0 windows.*commonest is: unreadable, in .*bad_1.png: ",
     ):
-        nb.verify_dataset(config_of(nb, settings))
+        nb.inspect_dataset(config_of(nb, settings))
 
 
 def test_too_few_tiles_stop_with_the_reasons(nb, settings, write_pair):
@@ -203,11 +203,11 @@ def test_too_few_tiles_stop_with_the_reasons(nb, settings, write_pair):
         ValueError,
         match=r"3 usable tiles with 3 windows, 4 are needed.*commonest is: unreadable, in .*dataset_report.csv",
     ):
-        nb.verify_dataset(config_of(nb, settings))
+        nb.inspect_dataset(config_of(nb, settings))
 
 
 def test_real_tiles_verify_clean(nb, defaults, real_tiles, tmp_path):
-    tiles, report = nb.verify_dataset(
+    tiles, report = nb.inspect_dataset(
         nb.make_config(**defaults | {"root": real_tiles, "save_dir": str(tmp_path)})
     )
     assert len(tiles) == 712 and report["kind"].tolist() == ["label without roof"] * 339
@@ -225,7 +225,7 @@ def tiles(nb, settings, write_pair):
     """Twelve verified tiles in three scenes."""
     for i in range(12):
         write_pair(f"scene{i % 3}_{i}")
-    return nb.verify_dataset(config_of(nb, settings))[0]
+    return nb.inspect_dataset(config_of(nb, settings))[0]
 
 
 @pytest.mark.parametrize("side", [48, 64, 100])
@@ -233,7 +233,7 @@ def test_item_is_standardised_and_of_the_models_size(nb, settings, write_pair, s
     for i in range(4):
         write_pair(f"s_{i}", side=side)
     config = config_of(nb, settings, large_images="resize")
-    image, label = nb.RooftopDataset(nb.verify_dataset(config)[0], config)[0, 0]
+    image, label = nb.RooftopDataset(nb.inspect_dataset(config)[0], config)[0, 0]
     assert image.shape == (3, 64, 64) and image.dtype == torch.float32
     assert label.shape == (64, 64) and label.dtype == torch.int64
     assert label.unique().tolist() == [0, 1]
@@ -255,7 +255,7 @@ def test_resizing_invents_no_class_between_two_others(nb, settings, write_pair):
         "class_values": [0, 100, 255],
     }
     config = config_of(nb, settings, large_images="resize", **three)
-    tiles = nb.verify_dataset(config)[0]
+    tiles = nb.inspect_dataset(config)[0]
     assert all(
         set(nb.RooftopDataset(tiles, config)[0, i][1].unique().tolist()) == {0, 2} for i in range(4)
     )
@@ -488,7 +488,7 @@ def test_split_from_a_file(nb, defaults, tmp_path):
 
 def test_real_tiles_split_by_block(nb, defaults, real_tiles, tmp_path):
     config = nb.make_config(**defaults | {"root": real_tiles, "save_dir": str(tmp_path)})
-    tiles = nb.find_scenes(nb.verify_dataset(config)[0], "auto")
+    tiles = nb.find_scenes(nb.inspect_dataset(config)[0], "auto")
     split, _ = nb.split_tiles(tiles, config)
     home = {tile.name: part for part in nb.SPLITS for tile in split[part]}
     assert len(home) == 712
@@ -515,7 +515,7 @@ def test_touching_tiles_are_one_scene(nb):
     boxes += [(0, 0, 10, 10), (70.3, 10, 80, 0)]  # in another zone; with south up
     grid = nb.Affine.translation(500_000, 6_400_000)
     for number, (tile, box) in enumerate(zip(tiles, boxes, strict=False)):
-        tile.place = nb.on_earth(grid, box, f"EPSG:{32634 if number == 5 else 32633}")
+        tile.place = nb.web_mercator_box(grid, box, f"EPSG:{32634 if number == 5 else 32633}")
     for order in (1, -1):
         nb.find_scenes(tiles[::order], "auto")
         scenes = [tile.scene for tile in tiles]
@@ -537,8 +537,8 @@ def test_georeference_comes_from_the_files(nb, settings):
             root / settings["images_dir"] / f"x{i}.tif", np.moveaxis(image, 2, 0), **corner
         )
         save(root / settings["labels_dir"] / f"x{i}_label.png", label)
-    tiles = nb.verify_dataset(config_of(nb, settings))[0]
-    middle = 15 / 360 * nb.WEB_MAP  # of the zone; these lie at the equator
+    tiles = nb.inspect_dataset(config_of(nb, settings))[0]
+    middle = 15 / 360 * nb.WEB_MERCATOR_WIDTH  # of the zone; these lie at the equator
     ground = np.subtract(tiles[1].place.bounds, [middle, 0, middle, 0]) * 0.9996
     assert ground == pytest.approx([32, -32, 64, 0], abs=0.5)
     assert len({tile.scene for tile in nb.find_scenes(tiles, "auto")}) == 1
@@ -548,20 +548,20 @@ def test_georeference_comes_from_the_files(nb, settings):
 
 
 def test_sample_is_the_same_every_time_and_its_labels_fit(nb):
-    image, label = nb.draw_scene(3, 256)
-    again, label_again = nb.draw_scene(3, 256)
+    image, label = nb.draw_suburb(3, 256)
+    again, label_again = nb.draw_suburb(3, 256)
     assert np.array_equal(image, again) and np.array_equal(label, label_again)
     assert (
         image.shape == (256, 256, 3) and image.dtype == np.uint8 and set(np.unique(label)) == {0, 1}
     )
     assert 0.03 < label.mean() < 0.4
-    assert not np.array_equal(nb.draw_scene(4, 256)[0], image)
+    assert not np.array_equal(nb.draw_suburb(4, 256)[0], image)
 
 
 def test_a_tile_keeps_little_of_its_image_in_memory(nb, settings, write_pair):
     for i in range(4):
         write_pair(f"a_{i}", side=300)
-    tiles, _ = nb.verify_dataset(nb.make_config(**settings))
+    tiles, _ = nb.inspect_dataset(nb.make_config(**settings))
     for tile in tiles:
         kept = tile.sample if tile.sample.base is None else tile.sample.base
         assert kept.nbytes < 20_000 < 300 * 300 * 3

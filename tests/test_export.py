@@ -5,7 +5,6 @@ from dataclasses import replace
 from pathlib import Path
 from types import ModuleType
 
-import nbformat
 import numpy as np
 import onnx
 import onnxruntime as ort
@@ -51,7 +50,7 @@ def alone(nb: ModuleType) -> object:
 @pytest.fixture(scope="module")
 def content(nb: ModuleType, alone: object) -> bytes:
     """Its export, from tiles of 14.9 cm."""
-    return nb.make_onnx(alone, 0.14931)
+    return nb.build_onnx(alone, 0.14931)
 
 
 @pytest.fixture
@@ -126,7 +125,7 @@ def test_facts_are_those_that_deepness_and_geodeep_read(content: bytes):
 
 
 def test_unknown_resolution_is_not_made_up(nb: ModuleType, alone: object):
-    assert "resolution" not in nb.onnx_facts(alone.config, None)
+    assert "resolution" not in nb.deepness_metadata(alone.config, None)
 
 
 def test_file_tells_nothing_of_this_machine(content: bytes):
@@ -141,7 +140,7 @@ def test_more_classes_are_neither_shifted_nor_cut(
     nb: ModuleType, windows: np.ndarray, recwarn, capfd
 ):
     three = make_predictor(nb, ["ground", "roof", "größeres Dach"], None)
-    content = nb.make_onnx(three, None)
+    content = nb.build_onnx(three, None)
     assert capfd.readouterr() == ("", "")
     assert not [str(w.message) for w in recwarn]
     own = ask_predictor(nb, three, windows)
@@ -166,35 +165,32 @@ def test_another_model_or_threshold_is_noticed(nb: ModuleType, alone: object, co
         nb.check_onnx(content, replace(alone, models=other), images)
 
 
-def act(nb: ModuleType, variables: dict) -> dict:
-    """Run the section's action cell with variables; all names as they are after it."""
-    cells = nbformat.read(nbtools.NOTEBOOK, as_version=4).cells
-    (cell,) = [cell for cell in cells if cell.id == "export-run"]
-    names = nb.__dict__ | variables
-    exec(cell.source, names)
-    return names
+def choose(nb: ModuleType, predictor: object, tiles: list) -> tuple[object, object]:
+    """What the action cell is given: a choice of unknown ground resolution, and a session."""
+    parts = {"train": [], "val": [], "test": tiles}
+    split = nb.Split(config=predictor.config, tile_set=None, parts=parts, how="")
+    empty = {"trials": None, "histogram": None, "suspects": []}
+    choice = nb.Choice(split=split, files=[], checkpoint={}, predictor=predictor, **empty)
+    return choice, nb.Session(predictor.config, CPU, predictor.precision, False)
 
 
-def test_action_cell(nb, alone, content, settings, write_pair, capsys):
+def test_action_cell(nb, alone, content, settings, write_pair, capsys, monkeypatch):
     for i in range(4):
         write_pair(f"a_{i}", side=SIZE, seed=i)
-    config, asked = nb.make_config(**settings), []
+    config, asked, shown = nb.make_config(**settings), [], []
 
     def spy(one: object, resolution: float | None) -> bytes:
         asked.append((one, resolution))
         return content
 
-    tiles = nb.find_scenes(nb.verify_dataset(config)[0], None)
+    check = nb.check_onnx
+    monkeypatch.setattr(nb, "build_onnx", spy)
+    monkeypatch.setattr(nb, "check_onnx", lambda *words: shown.append(words[2]) or check(*words))
+    tiles = nb.find_scenes(nb.inspect_dataset(config)[0], None)
     other = make_predictor(nb, ["background", "rooftop"], None).models
-    variables = {
-        "make_onnx": spy,
-        "config": config,
-        "predictor": nb.Predictor(alone.models + other, config, CPU, "bf16", True, THRESHOLD),
-        "split_used": {"train": [], "val": [], "test": tiles},
-        "ground_resolution_used": None,
-    }
+    predictor = nb.Predictor(alone.models + other, config, CPU, "bf16", True, THRESHOLD)
     capsys.readouterr()
-    after = act(nb, variables)
+    table = nb.export_model(*choose(nb, predictor, tiles))
     assert "NOTE: the ground resolution" in capsys.readouterr().out
     ((one, resolution),) = asked
     assert (len(one.models), one.precision, one.tta, one.threshold) == (1, "fp32", False, THRESHOLD)
@@ -203,17 +199,17 @@ def test_action_cell(nb, alone, content, settings, write_pair, capsys):
         one.models[0].segmentation_head[0].bias, alone.models[0].segmentation_head[0].bias
     )
     pictures = np.stack([nb.read_tile(tile)[0] for tile in tiles])
-    colours = after["windows"] * torch.tensor(nb.STD)[:, None, None] * 255
+    colours = shown[0] * torch.tensor(nb.STD)[:, None, None] * 255
     colours += torch.tensor(nb.MEAN)[:, None, None] * 255
     assert abs(colours.permute(0, 2, 3, 1).numpy() - pictures).max() < 0.01
-    timed = [name.split(", ")[1] for name in after["rows"] if name.startswith("ms")]
+    timed = [name.split(", ")[1] for name in table.index if name.startswith("ms")]
     assert timed == ["PyTorch fp32", "PyTorch bf16", "onnxruntime"]
     file = Path(config.save_dir, "rooftop.onnx")
-    assert file.read_bytes() == content
+    assert file.read_bytes() == content and list(table.columns) == [file.name]
 
     file.write_bytes(b"older")  # an export that fails leaves the old file, and no other
-    wrong = replace(variables["predictor"], threshold=0.9)
+    wrong = replace(predictor, threshold=0.9)
     with pytest.raises(ValueError, match="was not written"):
-        act(nb, variables | {"predictor": wrong, "split_used": {}})  # no tiles: noise
+        nb.export_model(*choose(nb, wrong, []))  # no tiles: noise
     assert file.read_bytes() == b"older"
     assert [path.name for path in file.parent.glob("*onnx*")] == ["rooftop.onnx"]

@@ -98,7 +98,7 @@ def test_an_interrupt_on_a_full_disk_falls_back_to_what_is_in_memory(
 ):
     before_saving(2, lambda: full_disk(100_000))
     run, go = start(epochs=3)
-    calls, forward = [], nb.forward
+    calls, forward = [], nb.forward_pass
 
     def interrupting(*words):
         calls.append(1)
@@ -107,7 +107,7 @@ def test_an_interrupt_on_a_full_disk_falls_back_to_what_is_in_memory(
             raise KeyboardInterrupt
         return forward(*words)
 
-    monkeypatch.setattr(nb, "forward", interrupting)
+    monkeypatch.setattr(nb, "forward_pass", interrupting)
     assert len(go()) == 2
     assert len(go()) == 3
     assert same(state_of(whole), state_of(Path(settings["save_dir"])))
@@ -122,7 +122,7 @@ def test_a_folder_that_vanishes_takes_no_epoch_with_it(
     with pytest.raises(ValueError, match="gone from save_dir/cache; run section 2's cells again"):
         go()
     assert "2 finished epochs are kept" in capsys.readouterr().out
-    nb.verify_dataset(run.config)
+    nb.inspect_dataset(run.config)
     assert len(go()) == 3
     lasts = [torch.load(place / LAST, weights_only=True) for place in (whole, folder)]
     assert same(lasts[0]["model"], lasts[1]["model"]) and lasts[1]["epoch"] == 3
@@ -158,12 +158,12 @@ def test_a_file_that_takes_the_place_of_save_dir_is_named_and_kept(
 
 def test_a_write_that_fails_leaves_the_older_file_and_no_other(nb, tmp_path, full_disk):
     path = tmp_path / "deep" / "file.bin"
-    nb.write_whole(path, b"old")
+    nb.write_atomically(path, b"old")
     full_disk(1000)
     with pytest.raises(
         OSError, match=r"file\.bin could not be written \(File too large\); it needs 0\.5 MB"
     ):
-        nb.write_whole(path, b"n" * 500_000)
+        nb.write_atomically(path, b"n" * 500_000)
     full_disk(None)
     assert path.read_bytes() == b"old" and os.listdir(path.parent) == ["file.bin"]
 
@@ -177,10 +177,10 @@ def test_pixels_that_find_no_room_stop_the_run_and_leave_nothing(
     config, cache = nb.make_config(**settings), Path(settings["save_dir"], "cache")
     full_disk(room)
     with pytest.raises(OSError, match=r"cache/.*\.npy could not be written .*needs 0\.0 MB in a"):
-        nb.verify_dataset(config)
+        nb.inspect_dataset(config)
     full_disk(None)
     assert not list(cache.iterdir())
-    assert len(nb.verify_dataset(config)[0]) == len(list(cache.iterdir())) == 4
+    assert len(nb.inspect_dataset(config)[0]) == len(list(cache.iterdir())) == 4
 
 
 def test_what_nobody_needs_any_more_is_removed_and_nothing_else(nb, settings, write_pair):
@@ -188,7 +188,7 @@ def test_what_nobody_needs_any_more_is_removed_and_nothing_else(nb, settings, wr
     for stem in ("a_1", "b_1", "c_1", "d_1", "f_1"):
         write_pair(stem)
     config, folder = nb.make_config(**settings), Path(settings["save_dir"])
-    first = {tile.key: tile.pixels for tile in nb.verify_dataset(config)[0]}
+    first = {tile.key: tile.pixels for tile in nb.inspect_dataset(config)[0]}
     write_pair("b_1", seed=1)  # new files of the same names
     write_pair("e_1")
     for path in Path(settings["root"]).rglob("d_1*"):
@@ -199,7 +199,7 @@ def test_what_nobody_needs_any_more_is_removed_and_nothing_else(nb, settings, wr
     for name in (*mine, *runs, *left):
         (folder / name).parent.mkdir(parents=True, exist_ok=True)
         (folder / name).write_text(name)
-    now = {tile.key: tile.pixels for tile in nb.verify_dataset(config)[0]}
+    now = {tile.key: tile.pixels for tile in nb.inspect_dataset(config)[0]}
     found = {str(path.relative_to(folder)) for path in folder.rglob("*") if path.is_file()}
     kept = {f"cache/{path.name}" for path in now.values()}
     assert found == {*mine, *runs, "dataset_report.csv"} | kept and len(kept) == 5
@@ -220,15 +220,15 @@ def test_a_pipe_in_place_of_the_last_checkpoint_is_moved_away(start, settings):
 
 def spoil_steps(nb, monkeypatch, bad, value=float("nan")):
     """Make the model's answers worthless in some training steps, counted from 0."""
-    forward, count = nb.forward, []
+    forward, count = nb.forward_pass, []
 
     def spoiled(run, images):
-        if not run.learner.training:
+        if not run.model.training:
             return forward(run, images)
         count.append(1)
         return forward(run, images * value if bad(len(count) - 1) else images)
 
-    monkeypatch.setattr(nb, "forward", spoiled)
+    monkeypatch.setattr(nb, "forward_pass", spoiled)
 
 
 @pytest.mark.parametrize("precision", ["fp32", "bf16", "fp16"])
@@ -243,7 +243,7 @@ def test_a_step_without_finite_numbers_is_skipped_and_counted(
     lines = [line for line in capsys.readouterr().out.splitlines() if "train loss" in line]
     assert re.search("steps skipped: [123]$" if fp16 else "steps skipped: 1$", lines[0])
     assert fp16 or "skipped" not in lines[1]
-    for part in (run.learner, run.model):  # statistics too
+    for part in (run.model, run.ema):  # statistics too
         assert all(torch.isfinite(tensor).all() for tensor in part.state_dict().values())
     assert np.isfinite([row["train_loss"] for row in history[2 if fp16 else 0 :]]).all()
     assert np.isfinite([row["val_loss"] for row in history]).all()
@@ -257,16 +257,16 @@ def test_a_skipped_step_changes_nothing(nb, start, monkeypatch):
         dataset = type("Data", (list,), {"train": True})(range(4))
 
     def state():  # the number of batches is counted by BatchNorm and used by nothing
-        weights = run.learner.state_dict()
+        weights = run.model.state_dict()
         return {k: v.clone() for k, v in weights.items() if "num_batches" not in k}
 
     nb.one_pass(run, Loader([(images, labels)]), loss_fn)
     before = state()
     result, skipped = nb.one_pass(run, Loader([(images * float("nan"), labels)]), loss_fn)
-    assert run.skipped == skipped == 1 and same(before, state())
+    assert run.skipped_in_a_row == skipped == 1 and same(before, state())
     assert np.isnan(list(result.values())).all()
     nb.one_pass(run, Loader([(images, labels)]), loss_fn)
-    assert run.skipped == 0 and not same(before, state())
+    assert run.skipped_in_a_row == 0 and not same(before, state())
 
 
 def test_too_many_in_a_row_stop_and_keep_the_last_good_checkpoint(
@@ -280,11 +280,11 @@ def test_too_many_in_a_row_stop_and_keep_the_last_good_checkpoint(
         for _ in range(2):  # the cell is run again
             with pytest.raises(FloatingPointError, match=message):
                 go()
-            assert run.skipped == 0
+            assert run.skipped_in_a_row == 0
     assert len(run.history) == 1
     last = torch.load(Path(settings["save_dir"]) / LAST, weights_only=True)
-    assert last["epoch"] == 1 and same(dict(run.model.state_dict()), dict(last["model"]))
-    assert same(dict(run.learner.state_dict()), dict(last["learner"]))
+    assert last["epoch"] == 1 and same(dict(run.ema.state_dict()), dict(last["model"]))
+    assert same(dict(run.model.state_dict()), dict(last["learner"]))
     assert "1 finished epochs are kept" in capsys.readouterr().out
 
 
@@ -312,7 +312,7 @@ def cuda_is_full():
 def test_out_of_memory_names_the_settings_and_keeps_the_checkpoint(
     nb, start, whole, settings, monkeypatch, fill
 ):
-    forward, calls = nb.forward, []
+    forward, calls = nb.forward_pass, []
 
     def filling(*words):
         calls.append(1)
@@ -321,7 +321,7 @@ def test_out_of_memory_names_the_settings_and_keeps_the_checkpoint(
         return forward(*words)
 
     run, go = start(epochs=3)
-    monkeypatch.setattr(nb, "forward", filling)
+    monkeypatch.setattr(nb, "forward_pass", filling)
     advice = r"batch_size = 4: set batch_size = 2, or a smaller image_size than 64"
     with pytest.raises(RuntimeError, match=advice):
         go()
@@ -339,7 +339,9 @@ NO_ROOM = (  # how a GPU's libraries say it when their own memory cannot be had
 @pytest.mark.parametrize("text", NO_ROOM)
 def test_out_of_memory_in_other_words_names_the_settings_too(nb, settings, text):
     config = nb.make_config(**settings)
-    assert "set batch_size = 2, or a smaller image_size" in nb.advice(RuntimeError(text), config)
+    assert "set batch_size = 2, or a smaller image_size" in nb.suggest_remedy(
+        RuntimeError(text), config
+    )
 
 
 def test_an_error_lets_go_of_the_loader_processes(nb, start, monkeypatch):
@@ -351,7 +353,7 @@ def test_an_error_lets_go_of_the_loader_processes(nb, start, monkeypatch):
         raise ValueError("in the middle of an epoch")
 
     run, go = start(num_workers=1)
-    monkeypatch.setattr(nb, "forward", fail)
+    monkeypatch.setattr(nb, "forward_pass", fail)
     with pytest.raises(ValueError, match="in the middle") as caught:
         go()
     assert children and caught.tb
@@ -370,11 +372,11 @@ def test_an_error_that_only_speaks_of_memory_stays_what_it_is(nb, start, monkeyp
             raise error
 
         text = str(error)
-        monkeypatch.setattr(nb, "forward", fail)
+        monkeypatch.setattr(nb, "forward_pass", fail)
         with pytest.raises(type(error)) as caught:
             go()
         assert caught.value is error and str(caught.value) == text
-        assert nb.advice(error, run.config) is None
+        assert nb.suggest_remedy(error, run.config) is None
 
 
 FULL = "unable to allocate shared memory(shm) for file </torch_1_2>: No space left on device (28)"
@@ -397,7 +399,10 @@ def test_full_shared_memory_names_the_setting_that_helps(nb, start, settings, mo
     with monkeypatch.context() as patch, pytest.raises(RuntimeError) as caught:
         patch.setattr(nb, "one_pass", fill)
         go()
-    texts = [str(caught.value), *(nb.advice(RuntimeError(text), run.config) for text in OTHERS)]
+    texts = [
+        str(caught.value),
+        *(nb.suggest_remedy(RuntimeError(text), run.config) for text in OTHERS),
+    ]
     for text in texts:
         assert "shared memory" in text and "num_workers = 0" in text
         assert "batch_size" not in text and "out of memory" not in text

@@ -39,9 +39,11 @@ def inspect(nb, files, config):
     found = nb.inspect_pair(nb.Pair("a", *map(str, files)), None, config)
     faults = [one for one in found if isinstance(one, nb.Fault)]
     try:
-        tiles, noticed = nb.decide([one for one in found if isinstance(one, nb.Tile)], config)
+        tiles, noticed = nb.interpret_pixels(
+            [one for one in found if isinstance(one, nb.Tile)], config
+        )
     except ValueError as error:  # a whole set of such labels would stop the run
-        assert "Set in section 1.2" in str(error)
+        assert "Set in section 1.1" in str(error)
         return [], faults + [nb.Fault(str(files[1]), "unclear", str(error))]
     return tiles, faults + noticed
 
@@ -138,7 +140,7 @@ def test_links_and_pipes(nb, settings, write_pair, tmp_path):
     (images / "looped_1.png").symlink_to(images / "looped_1.png")
     os.mkfifo(images / "piped_1.png")
     with no_longer_than(20):
-        tiles, report = nb.verify_dataset(nb.make_config(**settings))
+        tiles, report = nb.inspect_dataset(nb.make_config(**settings))
     assert [tile.name for tile in tiles] == [f"images/images/a_{i}.png" for i in range(3)] + [
         "images/images/far/a_3.png"
     ]
@@ -236,7 +238,7 @@ def test_mutated_split_files_are_used_or_named(nb, settings, write_pair, tmp_pat
     path, rng = tmp_path / "split.json", random.Random(0)
     path.write_text("{}")
     config = nb.make_config(**settings | {"split": str(path)})
-    tiles, _ = nb.verify_dataset(config)
+    tiles, _ = nb.inspect_dataset(config)
     whole = b'{"train": ["images/images/a_0.png#0,0,9,9"], "val": ["images/images/a_2.png"], '
     whole += b'"test": []}'
     odd = [b"[" * 100_000, b"null", b'{"train": 1}', b"\xff\xfe"]

@@ -24,7 +24,7 @@ def write_raster(nb, settings):
         stem: str, width: int, height: int, suffix: str = ".png", seed: int = 1
     ) -> tuple[np.ndarray, np.ndarray]:
         image, label = (
-            pixels[:height, :width] for pixels in nb.draw_scene(seed, max(width, height))
+            pixels[:height, :width] for pixels in nb.draw_suburb(seed, max(width, height))
         )
         for folder, pixels, end in (
             ("images_dir", image, ""),
@@ -38,14 +38,14 @@ def write_raster(nb, settings):
 
 def verified(nb, settings, **changes):
     config = nb.make_config(**settings | changes)
-    return nb.find_scenes(nb.verify_dataset(config)[0], config.group_by), config
+    return nb.find_scenes(nb.inspect_dataset(config)[0], config.group_by), config
 
 
 @pytest.fixture
 def whole(nb, monkeypatch):
     """Few rasters are otherwise cut into small tiles at once."""
     monkeypatch.setattr(
-        nb, "cut_raster", lambda raster, side: [(0, 0, raster.width, raster.height)]
+        nb, "tile_boxes", lambda raster, side: [(0, 0, raster.width, raster.height)]
     )
 
 
@@ -116,7 +116,7 @@ def test_resize_shrinks_instead(nb, settings, write_raster):
 
 def test_a_large_file_of_any_kind_is_read_tile_by_tile(nb, settings, monkeypatch):
     monkeypatch.setattr(nb, "MAX_SIDE", 100)
-    image, label = nb.draw_scene(1, 150)
+    image, label = nb.draw_suburb(1, 150)
     root = Path(settings["root"])
     for suffix in (".png", ".jpg", ".tif"):
         save(
@@ -146,7 +146,7 @@ def test_a_large_file_of_any_kind_is_read_tile_by_tile(nb, settings, monkeypatch
 
 
 def test_pixels_without_data_have_no_class(nb, settings, whole):
-    image, label = nb.draw_scene(1, 150)
+    image, label = nb.draw_suburb(1, 150)
     clear = np.dstack([image, np.full((150, 150), 255, np.uint8)])
     clear[:50, :, 3] = 0
     save(Path(settings["root"]) / settings["images_dir"] / "a_1.png", clear)
@@ -226,7 +226,7 @@ class Lookup(torch.nn.Module):
 
 def test_a_tile_of_many_windows_is_scored_as_one(nb, settings, whole, monkeypatch):
     """Roofs that cross borders of windows are one object, and such borders no boundary."""
-    _, label = nb.draw_scene(1, 150)
+    _, label = nb.draw_suburb(1, 150)
     label = label[:100]
     for folder, pixels, end in (
         ("images_dir", np.dstack([label] * 3), ""),
@@ -237,10 +237,11 @@ def test_a_tile_of_many_windows_is_scored_as_one(nb, settings, whole, monkeypatc
     monkeypatch.setattr(nb, "VIEWS", {1: sum(nb.VIEWS.values(), [])})  # other sizes blur
     predictor = nb.Predictor([Lookup()], config, CPU, "fp32", tta=True)
     (counts,), _, _ = nb.score_tiles(predictor, [tile])
-    hits, true, found, both, either, matched, pieces, found_pieces = counts
-    assert hits.tolist() == true.tolist() == found.tolist() and hits.sum() == label.size
+    tp, fp, fn, intersection, union, object_tp, object_fp, object_fn = counts
+    assert not fp.any() and not fn.any() and tp.sum() == label.size
     count = nb.cv2.connectedComponents(label)[0] - 1
-    assert matched[1] == pieces[1] == found_pieces[1] == count and (both == either).all()
+    assert object_tp[1] == count and not object_fp.any() and not object_fn.any()
+    assert (intersection == union).all()
 
 
 @pytest.mark.parametrize(("height", "width"), [(64, 64), (40, 56), (200, 130)])

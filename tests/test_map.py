@@ -103,7 +103,7 @@ def test_a_map_that_was_cut_off_goes_on_and_is_the_same(
     with pytest.raises(KeyboardInterrupt):
         nb.map_scene(tmp_path / "a.png", predictor(model), PLAIN)
     again, _ = read(nb.map_scene(tmp_path / "a.png", predictor(model), PLAIN))
-    rows = len(nb.tapers(333, 64))
+    rows = len(nb.blend_weights(333, 64))
     assert np.array_equal(whole, again) and len(calls) == rows + 1 + min(2, row)
     folder = Path(settings["save_dir"], "scenes")
     assert [path.name for path in folder.iterdir()] == ["a_mask.tif"]
@@ -114,8 +114,8 @@ def test_what_is_mapped_is_not_mapped_again_unless_something_changed(
 ):
     path = tmp_path / "a.png"
     save(path, town(100, 100)[0])
-    calls, map_rows = [], nb.map_rows
-    monkeypatch.setattr(nb, "map_rows", lambda *words: calls.append(1) or map_rows(*words))
+    calls, map_rows = [], nb.map_window_rows
+    monkeypatch.setattr(nb, "map_window_rows", lambda *words: calls.append(1) or map_rows(*words))
     for changes, count in (({}, 1), ({}, 1), ({"threshold": 0.4}, 2), ({"tta": True}, 3)):
         nb.map_scene(path, predictor(**changes), PLAIN)
         assert len(calls) == count
@@ -141,9 +141,11 @@ def test_a_scene_of_another_resolution_is_read_at_that_of_the_training(
     image, roofs = town(240, 300)
     image, roofs = (of.repeat(2, 0).repeat(2, 1) for of in (image, roofs))
     save_tiff(tmp_path / "a.tif", np.moveaxis(image, 2, 0), **UTM)
-    seen, map_rows = [], nb.map_rows
+    seen, map_rows = [], nb.map_window_rows
     monkeypatch.setattr(
-        nb, "map_rows", lambda view, *words: seen.append(view.shape) or map_rows(view, *words)
+        nb,
+        "map_window_rows",
+        lambda view, *words: seen.append(view.shape) or map_rows(view, *words),
     )
     data = PLAIN | {"ground_resolution": 0.3 / factor}
     (found, _), file = read(nb.map_scene(tmp_path / "a.tif", predictor(), data))
@@ -164,7 +166,7 @@ def test_the_resolution_of_the_training_comes_from_the_tiles(nb, settings):
     tiles, config = {}, {}
     for mode in ("tile", "resize"):
         config[mode] = nb.make_config(**settings | {"large_images": mode})
-        tiles[mode] = nb.verify_dataset(config[mode])[0]
+        tiles[mode] = nb.inspect_dataset(config[mode])[0]
     assert nb.trained_resolution(tiles["tile"], config["tile"]) == pytest.approx(0.3, rel=0.005)
     resized = nb.trained_resolution(tiles["resize"], config["resize"])
     assert resized == pytest.approx(0.3 * 100 / 64, rel=0.005)  # as the model sees it
@@ -207,7 +209,7 @@ def test_a_south_up_scene_keeps_its_grid(nb, tmp_path, predictor):
 
 def test_a_folder_of_scenes_is_measured_and_scored(nb, tmp_path, settings, predictor):
     nb.write_sample_scene(tmp_path)
-    (path,) = nb.scene_files(nb.make_config(**settings | {"scenes": str(tmp_path)}))
+    (path,) = nb.list_scenes(nb.make_config(**settings | {"scenes": str(tmp_path)}))
     by = predictor()
     roofs, row = nb.measure_roofs(nb.map_scene(path, by, PLAIN), by.config.min_roof_area, path)
     assert row["roofs"] == len(roofs) and row["unit"] == "m²" and 0 <= row["recall"] <= 1
@@ -219,7 +221,7 @@ def test_a_folder_of_scenes_is_measured_and_scored(nb, tmp_path, settings, predi
 
 def test_scenes_are_a_folder_or_one_file_and_have_names_of_their_own(nb, tmp_path, settings):
     def scenes(path):
-        return nb.scene_files(nb.make_config(**settings | {"scenes": str(path)}))
+        return nb.list_scenes(nb.make_config(**settings | {"scenes": str(path)}))
 
     folder = tmp_path / "scenes [2024]"
     for name in ("b.png", "a.tif", "deep/c.jpg", "notes.txt", "thumb_1.png"):
@@ -230,3 +232,29 @@ def test_scenes_are_a_folder_or_one_file_and_have_names_of_their_own(nb, tmp_pat
     save(folder / "b.tif", town(30, 30)[0])
     with pytest.raises(ValueError, match="another scene is called b too; rename one"):
         scenes(folder)
+
+
+def test_all_scenes_are_mapped_and_an_unfit_one_is_left_out(
+    nb, tmp_path, settings, predictor, capsys
+):
+    folder, by = tmp_path / "scenes", predictor()
+    config = nb.replace(by.config, scenes=str(folder))
+    session = nb.Session(config, CPU, "fp32", False)
+    split = nb.Split(config=config, tile_set=None, parts={}, how="")
+    empty = {"trials": None, "histogram": None, "suspects": []}
+    choice = nb.Choice(split=split, files=[], checkpoint=PLAIN, predictor=by, **empty)
+    maps = nb.map_scenes(choice, session)
+    assert maps.roofs == {} and maps.table.empty and nb.show_largest_map(maps).empty
+    assert f"no scene in {folder}: put a GeoTIFF there" in capsys.readouterr().out
+    save(folder / "few.png", town(70, 70)[0])
+    save(folder / "many.png", town(200, 200)[0])
+    (folder / "text.png").write_text("no")
+    maps = nb.map_scenes(choice, session)
+    text = capsys.readouterr().out
+    assert "left out: " in text and "text.png" in text
+    assert f"maps are in {config.save_dir}/scenes" in text
+    assert list(maps.table.index) == ["few.png", "many.png"]
+    assert [path.name for path in maps.roofs] == ["few.png", "many.png"]
+    assert maps.table["roofs"].to_list() == [len(roofs) for roofs in maps.roofs.values()]
+    shown = nb.show_largest_map(maps)
+    assert shown.equals(maps.roofs[folder / "many.png"].drop(columns="geometry").head())

@@ -66,8 +66,8 @@ def verify(nb, settings):
 
     def go(**changes):
         config = nb.make_config(**settings | changes)
-        assert not nb.use_sample(config)
-        return *nb.verify_dataset(config), config
+        assert not nb.needs_sample(config)
+        return *nb.inspect_dataset(config), config
 
     return go
 
@@ -229,7 +229,7 @@ def test_anything_else_stops_with_what_was_found_and_what_to_set(write, verify, 
     write(label)
     with pytest.raises(ValueError, match="labels hold .*%") as caught:
         verify()
-    assert line in str(caught.value) and "Set in section 1.2" in str(caught.value)
+    assert line in str(caught.value) and "Set in section 1.1" in str(caught.value)
 
 
 THREE = png(lambda m, n: np.uint8(255 * np.dstack([m, np.roll(m, 4, 0), 0 * m])))
@@ -444,9 +444,9 @@ def test_infrared_called_alpha_beside_missing_numbers(nb, write, verify):
 
 def test_a_tile_that_was_saved_many_times_stops_nothing(nb, settings, verify, monkeypatch):
     """Pairs that are equal in every pixel are read side by side, and write no file in common."""
-    root, kept, keep_pixels = Path(settings["root"]), [], nb.keep_pixels
+    root, kept, keep_pixels = Path(settings["root"]), [], nb.cache_pixels
     monkeypatch.setattr(
-        nb, "keep_pixels", lambda *words: kept.append(keep_pixels(*words)) or kept[-1]
+        nb, "cache_pixels", lambda *words: kept.append(keep_pixels(*words)) or kept[-1]
     )
     for n in range(200):
         save(root / f"images/images/area{n}_1.png", photo(n // 40))
@@ -504,7 +504,7 @@ def test_labels_that_fit_no_image_are_not_paired_by_force(nb, settings):
     pairs, faults, _ = nb.pair_files(nb.make_config(**settings))
     assert not pairs and len(faults) >= 6
     with pytest.raises(ValueError, match="commonest is: image without label"):
-        nb.verify_dataset(nb.make_config(**settings))
+        nb.inspect_dataset(nb.make_config(**settings))
 
 
 def test_one_label_without_a_place_is_not_that_of_all_images(nb, settings, verify):
@@ -525,7 +525,7 @@ def test_suffixes_that_are_not_known_are_named(nb, settings):
         (root / folder).mkdir(parents=True)
         np.save(root / folder / "a.npy", photo(0))
     with pytest.raises(FileNotFoundError, match=r"\.npy files are not read"):
-        nb.use_sample(nb.make_config(**settings))
+        nb.needs_sample(nb.make_config(**settings))
 
 
 # ---- labels by place
@@ -746,7 +746,7 @@ def test_tiles_that_overlap_never_lie_on_both_sides(nb, settings, verify):
     split, how = nb.split_tiles(tiles, config)
     assert "that overlap judged ones are left out" in how and all(split.values())
     assert nb.shared_ground(split["train"], split["val"] + split["test"]) == (set(), 0)
-    cut = nb.cut_rows([[t] for t in tiles], [np.arange(len(tiles))], 0, config)
+    cut = nb.cut_best_row([[t] for t in tiles], [np.arange(len(tiles))], 0, config)
     assert nb.shared_ground(cut["train"], cut["val"] + cut["test"])[1] > 0.05
 
 
@@ -858,21 +858,21 @@ def test_a_run_that_began_in_fp16_on_a_gpu_goes_on_in_the_cpus_precision(nb, sta
     run, go = start(epochs=2, precision="auto")
     run.precision = "fp16"  # as CUDA would have it
     run.scaler = torch.amp.GradScaler("cpu")
-    run.last = nb.checkpoint(run, nb.STATES)
+    run.last_checkpoint = nb.make_checkpoint(run, nb.STATES)
     other, _ = start(epochs=2, precision="auto")
-    other.last = run.last
-    nb.restore(other, other.last)
+    other.last_checkpoint = run.last_checkpoint
+    nb.restore(other, other.last_checkpoint)
     own = nb.choose_precision("auto", other.device)
     assert other.precision == own and other.scaler.get_scale() == 1
     path = Path(run.config.save_dir) / nb.LAST_FILE
     path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_bytes(run.last)
+    path.write_bytes(run.last_checkpoint)
     again, _ = start(epochs=2, precision="auto")
     assert nb.resume_run(again) and again.precision == own
     assert f"going on after epoch 0 in {own}, begun in fp16" in capsys.readouterr().out
     explicit, _ = start(epochs=2, precision="fp16")  # as it was set
-    explicit.last = run.last
-    nb.restore(explicit, explicit.last)
+    explicit.last_checkpoint = run.last_checkpoint
+    nb.restore(explicit, explicit.last_checkpoint)
     assert explicit.precision == "fp16"
 
 

@@ -210,8 +210,8 @@ def test_ignored_pixels_do_not_count(nb):
 
 def judged(nb, batches, loss_fn):
     """What one_pass says of batches of logits and labels, as if a model had given the logits."""
-    run = SimpleNamespace(learner=nn.Identity(), device=CPU, precision="fp32", history=[])
-    run.model, run.statistics = run.learner, torch.zeros(0)
+    run = SimpleNamespace(model=nn.Identity(), device=CPU, precision="fp32", history=[])
+    run.ema, run.statistics = run.model, torch.zeros(0)
     run.config = SimpleNamespace(num_classes=2)
     data = type("Data", (list,), {"train": False})(
         label for _, labels in batches for label in labels
@@ -252,7 +252,7 @@ def prepared(nb, settings, write_pair):
     for i in range(8):
         write_pair(f"s{i}_{i}")
     config = nb.make_config(**settings | {"split": [0.5, 0.25, 0.25], "augmentation": "none"})
-    tiles = nb.find_scenes(nb.verify_dataset(config)[0], config.group_by)
+    tiles = nb.find_scenes(nb.inspect_dataset(config)[0], config.group_by)
     split, _ = nb.split_tiles(tiles, config)
     sets = {part: nb.RooftopDataset(split[part], config, part == "train") for part in nb.SPLITS}
     return config, split, {part: nb.make_loader(sets[part], CPU) for part in ("train", "val")}
@@ -305,12 +305,12 @@ def test_colours_change_generously_where_weights_are_pretrained(
 def test_fp16_trains_with_a_gradient_scaler(nb, prepared):
     config, _, loaders = prepared
     run = nb.Run(config, CPU, "fp16", {})
-    before = run.learner.segmentation_head[0].weight.detach().clone()
+    before = run.model.segmentation_head[0].weight.detach().clone()
     assert run.scaler.is_enabled() and run.scaler.get_scale() > 1
     for _ in range(3):
         result, _ = nb.one_pass(run, loaders["train"], nb.CombinedLoss(0.6, 0.4))
     assert math.isfinite(result["loss"])
-    assert not torch.equal(before, run.learner.segmentation_head[0].weight)
+    assert not torch.equal(before, run.model.segmentation_head[0].weight)
 
 
 def test_gradients_are_clipped(nb, prepared, monkeypatch):
@@ -319,7 +319,7 @@ def test_gradients_are_clipped(nb, prepared, monkeypatch):
     step = run.optimizer.step
 
     def spy(*args, **kwargs):
-        norms.append(nn.utils.get_total_norm([p.grad for p in run.learner.parameters()]).item())
+        norms.append(nn.utils.get_total_norm([p.grad for p in run.model.parameters()]).item())
         return step(*args, **kwargs)
 
     monkeypatch.setattr(run.optimizer, "step", spy)
@@ -333,13 +333,13 @@ def test_the_model_is_the_late_average_of_what_is_learnt(nb, prepared, monkeypat
 
     def watched(*words):
         taken = step(*words)
-        state = run.learner.state_dict().items()
+        state = run.model.state_dict().items()
         seen.append({k: v.double() for k, v in state if v.is_floating_point()})
         return taken
 
     monkeypatch.setattr(nb, "train_step", watched)
     nb.fit(run, split)
-    total, state = len(seen), run.model.state_dict()
+    total, state = len(seen), run.ema.state_dict()
     assert total > config.epochs  # the count of steps goes on from epoch to epoch
     shares = [((s + 1) ** 7 - s**7) / total**7 for s in range(total)]
     for name in seen[0]:
@@ -356,7 +356,7 @@ def test_what_is_kept_is_what_was_judged(nb, prepared):
     for file in (*nb.BEST_FILES.values(), nb.LAST_FILE):
         path = Path(config.save_dir) / file
         again = nb.Run(config, CPU, "fp32", {})
-        again.model = nb.load_model(path, CPU)
+        again.ema = nb.load_model(path, CPU)
         row = history[nb.load_checkpoint(path)["epoch"] - 1]
         judged, _ = nb.one_pass(again, loaders["val"], loss_fn)
         assert judged["loss"] == pytest.approx(row["val_loss"], rel=1e-5), file
@@ -365,7 +365,7 @@ def test_what_is_kept_is_what_was_judged(nb, prepared):
 def test_evaluation_changes_nothing(nb, prepared):
     config, _, loaders = prepared
     run, loss_fn = nb.Run(config, CPU, "fp32", {}), nb.CombinedLoss(0.6, 0.4)
-    parts = run.model, run.learner
+    parts = run.ema, run.model
     before = [{k: v.clone() for k, v in part.state_dict().items()} for part in parts]
     results = [nb.one_pass(run, loaders["val"], loss_fn) for _ in range(2)]
     assert results[0] == results[1]
@@ -378,7 +378,7 @@ def test_same_seed_same_training(nb, prepared):
     for _ in range(2):
         run = nb.Run(config, CPU, "fp32", {})
         nb.one_pass(run, loaders["train"], nb.CombinedLoss(0.6, 0.4))
-        weights.append(run.model.state_dict())
+        weights.append(run.ema.state_dict())
     assert all(torch.equal(weights[0][name], weights[1][name]) for name in weights[0])
 
 
@@ -455,7 +455,7 @@ def test_checkpoint_round_trip_needs_no_network(nb, prepared, monkeypatch):
         lambda *a, **k: pytest.fail("asked the hub"),
     )
     path = Path(config.save_dir) / nb.LAST_FILE
-    model, saved, own = nb.load_model(path, CPU), nb.load_checkpoint(path), run.model.state_dict()
+    model, saved, own = nb.load_model(path, CPU), nb.load_checkpoint(path), run.ema.state_dict()
     assert all(torch.equal(value, own[name]) for name, value in model.state_dict().items())
     assert not model.training
     keys = "format model learner config class_names epoch metrics precision split files history"
@@ -472,7 +472,9 @@ def test_a_placed_model_is_the_same_model(nb, settings):
     """Answers, gradients and names of weights; the far-reaching layers get channel after channel."""
     config = nb.make_config(**settings | {"image_size": 128})
     plain = nb.build_model(config).eval()  # no dropout
-    placed = copy.deepcopy(nb.placed(copy.deepcopy(plain), CPU))  # as a run's average is made
+    placed = copy.deepcopy(
+        nb.move_to_device(copy.deepcopy(plain), CPU)
+    )  # as a run's average is made
     placed.load_state_dict(plain.state_dict())
     images, met = torch.randn(4, 3, 128, 128), []
     for layer in placed.decoder.aspp.modules():
@@ -495,10 +497,10 @@ def test_a_placed_model_is_the_same_model(nb, settings):
 
 def test_memory_estimate_grows_with_the_batch(nb, settings):
     batches = {n: nb.make_config(**settings | {"batch_size": n}) for n in (4, 16)}
-    tables = [nb.try_model(config, CPU, ["fp32"]) for config in batches.values()]
+    tables = [nb.time_training_steps(config, CPU, ["fp32"]) for config in batches.values()]
     small, large = (2**30 * table.loc["fp32", "GiB a batch"] for table in tables)
     model = nb.build_model(batches[4])
-    weights = nb.BYTES_A_WEIGHT * sum(p.numel() for p in model.parameters())
+    weights = nb.BYTES_PER_WEIGHT * sum(p.numel() for p in model.parameters())
     assert large - weights == pytest.approx(4 * (small - weights)) and small > weights
 
 
@@ -513,7 +515,7 @@ def test_a_precision_that_runs_out_of_memory_has_no_figures_and_the_others_do(
         return autocast(device, precision)
 
     monkeypatch.setattr(nb, "autocast", full)
-    costs = nb.try_model(nb.make_config(**settings), CPU, ["fp32", "bf16"])
+    costs = nb.time_training_steps(nb.make_config(**settings), CPU, ["fp32", "bf16"])
     assert costs.loc["fp32"].isna().all() and (costs.loc["bf16"] > 0).all()
 
 
@@ -527,8 +529,8 @@ def test_memory_estimate_is_near_what_a_step_takes(nb, settings, precision):
         model(images).float().sum()
         logits = model(images)  # what the second forward holds is still held when the profile ends
     held = sum(event.self_cpu_memory_usage for event in profile.key_averages())
-    costs = nb.try_model(config, CPU, [precision]).loc[precision]
-    beside = nb.BYTES_A_WEIGHT - 2 * (precision == "bf16")  # bytes a weight beside its copy
+    costs = nb.time_training_steps(config, CPU, [precision]).loc[precision]
+    beside = nb.BYTES_PER_WEIGHT - 2 * (precision == "bf16")  # bytes a weight beside its copy
     weights = sum(p.numel() for p in model.parameters())
     estimate = 2**30 * costs["GiB a batch"] - beside * weights
     assert logits.requires_grad and 0.8 < estimate / held < 1.25 and costs["seconds a window"] > 0
@@ -540,7 +542,7 @@ def test_section_3_counts_the_windows_that_an_epoch_has(nb, settings, write_pair
     for i in range(13):
         write_pair(f"s{i}_1")
     config = nb.make_config(**settings | {"split": [0.54, 0.23, 0.23], "batch_size": batch})
-    tiles = nb.find_scenes(nb.verify_dataset(config)[0], config.group_by)
+    tiles = nb.find_scenes(nb.inspect_dataset(config)[0], config.group_by)
     split, _ = nb.split_tiles(tiles, config)
     train, val = (nb.RooftopDataset(split[p], config, p == "train") for p in ("train", "val"))
     seen = sum(len(images) for images, _ in nb.make_loader(train, CPU)) + len(val) / 3
@@ -557,7 +559,7 @@ def test_the_model_of_section_3_is_gone_when_its_costs_are_known(nb, settings, m
         return model
 
     monkeypatch.setattr(nb, "build_model", remembered)
-    costs = nb.try_model(nb.make_config(**settings), CPU, ["fp32", "bf16"])
+    costs = nb.time_training_steps(nb.make_config(**settings), CPU, ["fp32", "bf16"])
     assert list(costs.index) == ["fp32", "bf16"] and (costs > 0).all(axis=None)
     gc.collect()
     assert built and all(reference() is None for reference in built)
@@ -571,7 +573,7 @@ import nbtools
 nb, process = nbtools.load(), psutil.Process()
 before = process.memory_info().rss
 faults = []
-with nb.kept_memory(torch.device(sys.argv[2])):
+with nb.keep_freed_memory(torch.device(sys.argv[2])):
     for _ in range(6):
         start = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
         torch.ones(2**24), torch.ones(2**26)
@@ -599,10 +601,10 @@ def test_on_a_cpu_memory_is_asked_for_once_and_let_go_in_the_end(device):
 def test_where_the_c_library_is_another_nothing_happens(nb, monkeypatch):
     monkeypatch.setattr(nb.ctypes, "CDLL", lambda _: object())
     inside = []
-    with nb.kept_memory(CPU):
+    with nb.keep_freed_memory(CPU):
         inside.append("another C library")
     monkeypatch.setattr(nb.sys, "platform", "win32")
     monkeypatch.setattr(nb.ctypes, "CDLL", lambda _: pytest.fail("Windows has no such library"))
-    with nb.kept_memory(CPU):
+    with nb.keep_freed_memory(CPU):
         inside.append("Windows")
     assert inside == ["another C library", "Windows"]

@@ -33,20 +33,20 @@ def build_model(config):
     return model
 """
 AGREE = """
-train = fit
+train_before = fit
 
 def fit(run, split):
-    train(run, split)
-    content = torch.cat([part.flatten() for part in run.averaged[0]]).numpy().tobytes()
-    found = [None] * PROCESSES
+    train_before(run, split)
+    content = torch.cat([part.flatten() for part in run.ema_tensors]).numpy().tobytes()
+    found = [None] * WORLD_SIZE
     distributed.all_gather_object(found, hashlib.blake2b(content).hexdigest())
     print("MODELS", len(set(found)))
 """
 DIES = """
 import signal
-judge = train_and_judge
+judge = train_one_epoch
 
-def train_and_judge(run, *words):
+def train_one_epoch(run, *words):
     if RANK == 1 and len(run.history) == 1:
         while not Path(run.config.save_dir, LAST_FILE).exists():
             time.sleep(0.1)
@@ -81,10 +81,12 @@ def run_in(
     cells = [cell for cell in notebook.cells if not cell.id.startswith(SKIPPED)]
     notebook.cells = []
     for cell in cells:
+        before = {"setup-run": still, "start-run": further}.get(cell.id, "")
+        if before:
+            notebook.cells.append(nbformat.v4.new_code_cell(before))
         notebook.cells.append(cell)
         given = {"settings": settings | {"save_dir": str(folder)}}.get(cell.id, {})
         code = "\n".join(f"{name} = {value!r}" for name, value in given.items())
-        code += {"build-model-2": still, "fit-2": further}.get(cell.id, "")
         if code:
             notebook.cells.append(nbformat.v4.new_code_cell(code))
     folder.mkdir(exist_ok=True)
@@ -113,7 +115,7 @@ def test_every_window_is_seen_once_in_the_order_of_one_process(nb, monkeypatch, 
     shares = []
     for rank in range(2):
         monkeypatch.setattr(nb, "RANK", rank)
-        monkeypatch.setattr(nb, "PROCESSES", 2)
+        monkeypatch.setattr(nb, "WORLD_SIZE", 2)
         shares.append(nb.epoch_order(data, 5))
     assert len(shares[0]) == len(shares[1])  # as many batches in each
     together = [window for pair in zip(*shares, strict=True) for window in pair]
@@ -122,10 +124,10 @@ def test_every_window_is_seen_once_in_the_order_of_one_process(nb, monkeypatch, 
 
 
 def test_a_batch_that_cannot_be_shared_is_refused(nb, monkeypatch):
-    monkeypatch.setattr(nb, "PROCESSES", 3)
+    monkeypatch.setattr(nb, "WORLD_SIZE", 3)
     for size in (32, 3):
         with pytest.raises(ValueError, match=f"batch_size = {size}.*multiple of 3, from 6 on"):
-            nb.join_processes(size)
+            nb.init_processes(size)
 
 
 @pytest.fixture(scope="module")
@@ -168,7 +170,7 @@ def test_an_error_of_another_than_the_first_process_is_said(alone):
 def fit(run, split):
     if RANK == 1:
         raise ValueError("of the second")
-    by_the_first(print, "the first waits")
+    on_rank_zero(print, "the first waits")
 """
     status, said = run_in(one.with_name("fails"), 2, fails, **settings)
     assert status != 0 and "ValueError: of the second" in said

@@ -36,7 +36,7 @@ def test_a_run_from_before_weights_were_averaged_goes_on_from_what_it_had(nb, st
     torch.save(old, path)
     run, go = start(epochs=3)
     assert nb.resume_run(run)
-    for part in (run.learner, run.model):
+    for part in (run.model, run.ema):
         assert same(dict(part.state_dict()), dict(old["model"]))
     assert len(go()) == 3
 
@@ -107,7 +107,7 @@ def test_an_interrupt_falls_back_to_the_last_finished_epoch(
 ):
     start(epochs=3, save_dir=str(tmp_path / "whole"))[1]()
     run, go = start(epochs=3, save_dir=str(tmp_path / "cut"))
-    calls, forward = [], nb.forward
+    calls, forward = [], nb.forward_pass
 
     def interrupting(*words):
         calls.append(1)
@@ -115,7 +115,7 @@ def test_an_interrupt_falls_back_to_the_last_finished_epoch(
             raise KeyboardInterrupt
         return forward(*words)
 
-    monkeypatch.setattr(nb, "forward", interrupting)
+    monkeypatch.setattr(nb, "forward_pass", interrupting)
     history = go()
     assert (
         len(history) == at // 2 and f"{at // 2} finished epochs are kept" in capsys.readouterr().out
@@ -128,7 +128,7 @@ def test_an_interrupt_falls_back_to_the_last_finished_epoch(
 def test_a_run_cut_off_between_any_two_files_is_the_same(nb, start, tmp_path, monkeypatch, at):
     start(epochs=3, save_dir=str(tmp_path / "whole"))[1]()
     _, go = start(epochs=3, save_dir=str(tmp_path / "cut"))
-    write, calls = nb.write_whole, []
+    write, calls = nb.write_atomically, []
 
     def cut_off(*words):
         calls.append(1)
@@ -137,7 +137,7 @@ def test_a_run_cut_off_between_any_two_files_is_the_same(nb, start, tmp_path, mo
         write(*words)
 
     with monkeypatch.context() as patch, pytest.raises(SystemExit):
-        patch.setattr(nb, "write_whole", cut_off)
+        patch.setattr(nb, "write_atomically", cut_off)
         go()
     start(epochs=3, save_dir=str(tmp_path / "cut"))[1]()
     assert same(state_of(tmp_path / "whole"), state_of(tmp_path / "cut"))
@@ -149,12 +149,12 @@ def test_writing_takes_a_small_share_of_the_time_and_loses_nothing(
     """Slow disks: the files of several short epochs go together; what ends a run writes the rest."""
     start(epochs=4, save_dir=str(tmp_path / "whole"))[1]()
     run, go = start(epochs=4, save_dir=str(tmp_path / "slow"))
-    written, write, one_pass = [], nb.write_whole, nb.one_pass
-    monkeypatch.setattr(nb, "WRITING", 0.05)
+    written, write, one_pass = [], nb.write_atomically, nb.one_pass
+    monkeypatch.setattr(nb, "WRITE_SHARE", 0.05)
 
     def slowly(path, content):
         written.append((len(run.history), path.name))
-        run.writing += 1000
+        run.seconds_writing += 1000
         write(path, content)
 
     def failing(run, loader, loss_fn):
@@ -162,7 +162,7 @@ def test_writing_takes_a_small_share_of_the_time_and_loses_nothing(
             raise RuntimeError("the cable")
         return one_pass(run, loader, loss_fn)
 
-    monkeypatch.setattr(nb, "write_whole", slowly)
+    monkeypatch.setattr(nb, "write_atomically", slowly)
     with monkeypatch.context() as patch, pytest.raises(RuntimeError, match="the cable"):
         patch.setattr(nb, "one_pass", failing)
         go()
@@ -177,7 +177,7 @@ def test_writing_takes_a_small_share_of_the_time_and_loses_nothing(
 def test_what_waits_is_written_before_anything_else_can_fail(nb, start, monkeypatch, ending):
     """As after an error of the GPU, where nothing can be restored any more."""
     run, go = start(epochs=4)
-    monkeypatch.setattr(nb, "WRITING", -1)  # never in time
+    monkeypatch.setattr(nb, "WRITE_SHARE", -1)  # never in time
     restore, one_pass = nb.restore, nb.one_pass
 
     def failing(run, loader, loss_fn):
@@ -264,8 +264,10 @@ def undisturbed(tmp_path_factory, small):
     return state_of(folder / "out")
 
 
-CHECK = "config = make_config(**{f.name: globals()[f.name] for f in fields(Config)})"
-MODEL = "run = Run(config, device, precision_used, run.data)"
+CHECK = "config = make_config(**{f.name: globals()[f.name] for f in fields(Config)})\n"
+CHECK += "session = replace(session, config=config)"
+MODEL = "run = Run(session.config, session.device, session.precision, run.data)"
+SPLIT = 'tile_split = replace(tile_split, parts={"train": []})'
 
 
 @pytest.mark.parametrize(
@@ -274,7 +276,7 @@ MODEL = "run = Run(config, device, precision_used, run.data)"
         (f"learning_rate = 0.5\n{CHECK}", "learning_rate changed since section 7"),
         (f'class_names = ["a", "b"]\n{CHECK}\n{MODEL}', "class_names changed since section 2"),
         (f"split = [0.4, 0.3, 0.3]\n{CHECK}\n{MODEL}", "split changed since section 5"),
-        ('names_used = {"train": []}', "the split changed since section 7"),
+        (SPLIT, "the split changed since section 7"),
     ],
 )
 def test_changed_settings_whose_cells_were_not_run_are_noticed(tmp_path, small, change, told):
@@ -329,7 +331,7 @@ def test_the_stop_button_in_the_first_epoch_ends_without_an_error(nb, start, mon
         raise KeyboardInterrupt
 
     with monkeypatch.context() as patch:
-        patch.setattr(nb, "forward", stopped)
+        patch.setattr(nb, "forward_pass", stopped)
         assert go() == []
     assert "stopped: 0 finished epochs are kept" in capsys.readouterr().out
     assert len(go()) == 3

@@ -339,7 +339,7 @@ def test_batches_do_not_matter(nb, tmp_path, monkeypatch):
     true, shape = rectangles(75, 50, count=16, cell=130)
     path = write_mask(tmp_path / "m.tif", ragged(true, shape, 0.7))
     whole = nb.find_roofs(path, 4)
-    monkeypatch.setattr(nb, "BATCH", 5)
+    monkeypatch.setattr(nb, "OUTLINE_BATCH", 5)
     assert whole.equals(nb.find_roofs(path, 4)) and len(whole) == 16
 
 

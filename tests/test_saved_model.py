@@ -35,8 +35,8 @@ def make_model(nb, small, tmp_path):
         run.history = [{"epoch": 1} | row | {"learning_rate": 1e-3, "seconds": 1.0}]
         path = tmp_path / name
         path.parent.mkdir(exist_ok=True)
-        path.write_bytes(nb.checkpoint(run, ("model",)))
-        path.write_bytes(nb.as_file(nb.load_checkpoint(path) | CHOSEN | content))
+        path.write_bytes(nb.make_checkpoint(run, ("model",)))
+        path.write_bytes(nb.to_checkpoint_bytes(nb.load_checkpoint(path) | CHOSEN | content))
         return path, run
 
     return make
@@ -88,7 +88,7 @@ def test_an_older_checkpoint_without_this_setting_can_be_used(nb, make_model):
     path, _ = make_model()
     saved = nb.load_checkpoint(path)
     del saved["config"]["model"]
-    path.write_bytes(nb.as_file(saved))
+    path.write_bytes(nb.to_checkpoint_bytes(saved))
     assert nb.load_model(path, CPU)
 
 
@@ -101,12 +101,12 @@ def test_tiles_of_16_bits_are_read_at_its_scale(nb, small, make_model, tmp_path)
         label[:8] = 255
         write_raster(tmp_path / f"data/images/images/t_{number}.tif", image)
         save(tmp_path / f"data/label/label/t_{number}_label.png", label)
-    tiles, _ = nb.verify_dataset(nb.make_config(**small | {"model": str(path)}))
+    tiles, _ = nb.inspect_dataset(nb.make_config(**small | {"model": str(path)}))
     image, _ = nb.read_tile(tiles[0])
     assert tiles[0].scale == [100, 1100]
     assert 127 <= image[8:].min() and image[8:].max() <= 137  # (600 to 640 - 100) / 1000 of 255
     assert image[:8].min() == 255
-    fresh, _ = nb.verify_dataset(nb.make_config(**small))
+    fresh, _ = nb.inspect_dataset(nb.make_config(**small))
     assert fresh[0].scale != tiles[0].scale
 
 
@@ -116,16 +116,16 @@ def test_fine_tuning_takes_the_whole_model(nb, small, make_model):
         nb.make_config(**small | {"seed": 7, "encoder_weights": str(path)}), CPU, "fp32", {}
     )
     assert tuned.encoder_weights == str(path)
-    for name, value in run.model.state_dict().items():
+    for name, value in run.ema.state_dict().items():
+        assert torch.equal(tuned.ema.state_dict()[name], value), name
         assert torch.equal(tuned.model.state_dict()[name], value), name
-        assert torch.equal(tuned.learner.state_dict()[name], value), name
 
 
 def test_fine_tuning_to_more_classes_takes_all_but_the_head(nb, small, make_model):
     path, run = make_model()
     classes = {"class_names": ["a", "b", "c"], "class_values": [0, 1, 2], "num_classes": 3}
     own = nb.make_config(**small | classes | {"seed": 7, "encoder_weights": str(path)})
-    old, new = run.model.state_dict(), nb.Run(own, CPU, "fp32", {}).model.state_dict()
+    old, new = run.ema.state_dict(), nb.Run(own, CPU, "fp32", {}).ema.state_dict()
     other = [name for name in old if not torch.equal(old[name].ravel(), new[name].ravel())]
     assert other and all(name.startswith("segmentation_head") for name in other)
 
@@ -139,12 +139,12 @@ def test_a_model_of_another_encoder_cannot_be_tuned(nb, small, make_model):
 
 def test_an_encoders_own_file_still_loads(nb, small, make_model, tmp_path):
     _, run = make_model()
-    state = {k: v.contiguous() for k, v in run.model.encoder.state_dict().items()}
+    state = {k: v.contiguous() for k, v in run.ema.encoder.state_dict().items()}
     save_file(state, tmp_path / "encoder.safetensors")
     weights = {"seed": 7, "encoder_weights": str(tmp_path / "encoder.safetensors")}
-    new = nb.Run(nb.make_config(**small | weights), CPU, "fp32", {}).learner
+    new = nb.Run(nb.make_config(**small | weights), CPU, "fp32", {}).model
     name = "layer1.0.conv1.weight"
-    assert torch.equal(new.encoder.state_dict()[name], run.model.encoder.state_dict()[name])
+    assert torch.equal(new.encoder.state_dict()[name], run.ema.encoder.state_dict()[name])
 
 
 def test_no_data_is_needed_but_a_folder_that_is_named(
@@ -153,14 +153,14 @@ def test_no_data_is_needed_but_a_folder_that_is_named(
     monkeypatch.chdir(tmp_path)
     path, _ = make_model()
     model = {"model": str(path)}
-    assert nb.use_sample(nb.make_config(**defaults | model)) is False
+    assert nb.needs_sample(nb.make_config(**defaults | model)) is False
     (tmp_path / "empty").mkdir()
-    assert nb.use_sample(nb.make_config(**defaults | model | {"root": "empty"})) is False
+    assert nb.needs_sample(nb.make_config(**defaults | model | {"root": "empty"})) is False
     with pytest.raises(FileNotFoundError, match="root = 'typo' is not a folder"):
-        nb.use_sample(nb.make_config(**defaults | model | {"root": "typo"}))
+        nb.needs_sample(nb.make_config(**defaults | model | {"root": "typo"}))
     save(tmp_path / "empty" / "elsewhere" / "a.png", np.zeros((64, 64, 3), np.uint8))
     with pytest.raises(FileNotFoundError, match="elsewhere"):
-        nb.use_sample(nb.make_config(**defaults | model | {"root": "empty"}))
+        nb.needs_sample(nb.make_config(**defaults | model | {"root": "empty"}))
 
 
 def test_with_no_tiles_it_maps_only(make_model, tmp_path):
@@ -175,7 +175,7 @@ def test_with_no_tiles_it_maps_only(make_model, tmp_path):
     left = {file.name for file in (here / "saved_models").iterdir()}
     assert left == {"scenes", "rooftop.onnx", "dataset_report.csv"}
     assert {file.name for file in (here / "dataset").iterdir()} == {"scenes"}  # no sample
-    assert "threshold 0.31, tta False" in text_of(notebook, "in-force")
+    assert "threshold 0.31, tta False" in text_of(notebook, "choose-run")
     idle = "meaning-run verify-kinds step-run loader-run leak-run look-tiles "
     idle += "look-augmented start-run choose-run threshold-curve score-run show-random"
     for cell in idle.split():
@@ -193,7 +193,7 @@ def test_tiles_at_hand_are_all_scored_and_known_ones_are_named(
     """All labelled tiles judge the model; those that trained it are counted; an older score is kept."""
     for number in range(6):
         write_pair(f"s{number}_1")
-    tiles, _ = nb.verify_dataset(nb.make_config(**small))
+    tiles, _ = nb.inspect_dataset(nb.make_config(**small))
     path, _ = make_model(
         "models/rooftop_best_model_iou.pt", seen=[tiles[0].digest, tiles[3].digest]
     )
@@ -246,7 +246,7 @@ def test_pixels_of_a_type_that_it_does_not_know_are_refused(nb, small, make_mode
         label[:8] = 255
         save(tmp_path / f"data/label/label/t_{number}_label.png", label)
     with pytest.raises(ValueError, match=r"uint16 pixels, the model was trained on \['uint8'\]"):
-        nb.verify_dataset(nb.make_config(**small | {"model": str(path)}))
+        nb.inspect_dataset(nb.make_config(**small | {"model": str(path)}))
 
 
 def test_tiles_without_roof_may_judge_it_and_another_runs_cache_stays(
@@ -258,11 +258,11 @@ def test_tiles_without_roof_may_judge_it_and_another_runs_cache_stays(
     other = tmp_path / "models" / "cache" / "other.npy"
     other.parent.mkdir(parents=True)
     other.write_bytes(b"of a training in this folder")
-    tiles, _ = nb.verify_dataset(nb.make_config(**small | {"model": str(path)}))
+    tiles, _ = nb.inspect_dataset(nb.make_config(**small | {"model": str(path)}))
     assert len(tiles) == 4 and not any(tile.roof_share for tile in tiles)
     assert other.exists()
     with pytest.raises(ValueError, match="no roof in any label"):
-        nb.verify_dataset(nb.make_config(**small))
+        nb.inspect_dataset(nb.make_config(**small))
 
 
 def test_a_scene_may_lie_anywhere_below_root(nb, defaults, make_model, tmp_path, monkeypatch):
@@ -270,7 +270,7 @@ def test_a_scene_may_lie_anywhere_below_root(nb, defaults, make_model, tmp_path,
     path, _ = make_model()
     save(tmp_path / "dataset" / "ortho.png", np.zeros((64, 64, 3), np.uint8))
     model = {"model": str(path), "scenes": "dataset/ortho.png"}
-    assert nb.use_sample(nb.make_config(**defaults | model)) is False
+    assert nb.needs_sample(nb.make_config(**defaults | model)) is False
 
 
 def test_a_run_goes_on_from_a_checkpoint_without_the_newer_keys(nb, start):

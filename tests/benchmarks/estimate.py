@@ -34,10 +34,10 @@ def main() -> None:
     for name, (number, own) in SETTINGS.items():
         own = fixed | own | {"save_dir": tempfile.mkdtemp()}
         config = nb.make_config(**nbtools.settings() | own)
-        tiles = nb.find_scenes(nb.verify_dataset(config)[0], None)
+        tiles = nb.find_scenes(nb.inspect_dataset(config)[0], None)
         tiles = tiles[:: max(1, len(tiles) // number)][:number]
-        with nb.kept_memory(device):
-            costs = nb.try_model(config, device, [precision])
+        with nb.keep_freed_memory(device):
+            costs = nb.time_training_steps(config, device, [precision])
         expected = costs.loc[precision, "seconds a window"] * nb.windows_an_epoch(tiles, config)
         split, _ = nb.split_tiles(tiles, config)
         history = nb.fit(nb.Run(config, device, precision, {"split": {}, "files": ""}), split)

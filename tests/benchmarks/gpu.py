@@ -112,7 +112,7 @@ def main() -> None:
     name = torch.cuda.get_device_name() if device.type == "cuda" else device.type
     top = peak(device)
     print(f"{name}, torch {torch.__version__}: {top:.0f} TFLOP/s of bf16 at best", flush=True)
-    tiles, rows = nb.verify_dataset(config)[0], []
+    tiles, rows = nb.inspect_dataset(config)[0], []
     torch.backends.cudnn.benchmark = True
     for batch in words.batches:
         for precision in ("fp16", "bf16") if device.type == "cuda" else ("bf16",):

@@ -70,7 +70,7 @@ def grow(count: int, side: int) -> dict:
         write_tiles(Path(config.root), nbtools.settings(), count, side)
         before, moments = psutil.Process().memory_info().rss, [time.perf_counter()]
         with Peak(daemon=True) as peak:
-            tiles, _ = nb.verify_dataset(config)
+            tiles, _ = nb.inspect_dataset(config)
             moments.append(time.perf_counter())
             tiles = nb.find_scenes(tiles, config.group_by)
             split, _ = nb.split_tiles(tiles, config)

@@ -33,7 +33,7 @@ def train(nb, config, split, device):
     precision = nb.choose_precision(config.precision, device)
     run = nb.Run(config, device, precision, {"split": names})
     nb.fit(run, split)
-    run.model = nb.load_model(Path(config.save_dir) / nb.BEST_FILES["iou"], device)
+    run.ema = nb.load_model(Path(config.save_dir) / nb.BEST_FILES["iou"], device)
     return run
 
 
@@ -66,7 +66,7 @@ def one_seed(nb, settings, words):
     for way, group_by in {"random": None, "by scene": "auto"}.items():
         own = {"group_by": group_by, "save_dir": tempfile.mkdtemp(), "split": [0.6, 0.2, 0.2]}
         config = nb.make_config(**settings | own)
-        tiles = nb.verify_dataset(config)[0]
+        tiles = nb.inspect_dataset(config)[0]
         found = {
             name: nb.find_scenes([t for t in tiles if re.search(name, Path(t.name).stem)], group_by)
             for name in (words.of, words.elsewhere)

@@ -50,7 +50,7 @@ def speed(model: Path, scene: Path, tta: bool) -> dict:
         predictor = nb.Predictor([nb.load_model(model, device)], config, device, precision, tta=tta)
         predictor = nb.replace(predictor, threshold=saved.get("threshold", 0.5))
         with rasterio.open(scene) as file:
-            rows, columns = (nb.tapers(side, config.image_size) for side in file.shape)
+            rows, columns = (nb.blend_weights(side, config.image_size) for side in file.shape)
             megapixels = file.width * file.height / 1e6
         windows = torch.randn(len(columns), 3, config.image_size, config.image_size)
         predictor(windows)  # warms up
@@ -68,7 +68,7 @@ def speed(model: Path, scene: Path, tta: bool) -> dict:
 
 def write_scene(nb: object, path: Path, side: int) -> None:
     """The sample's roofs, white on black, again and again over a scene of a side."""
-    _, label = nb.draw_scene(0, nb.SAMPLE_SCENE)
+    _, label = nb.draw_suburb(0, nb.SAMPLE_SCENE)
     strip = np.tile(label * 255, (1, side // nb.SAMPLE_SCENE + 1))[:, :side]
     with rasterio.open(
         path, "w", width=side, height=side, tiled=True, compress="deflate", **GRID

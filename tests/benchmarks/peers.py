@@ -80,7 +80,7 @@ def write_tiles(root: Path, folder: Path, number: int) -> None:
     """Copy tiles as GeoTIFFs of images and of labels of 0 and 1, named alike."""
     nb = nbtools.load()
     config = nb.make_config(**nbtools.settings() | {"root": str(root), "save_dir": str(folder)})
-    tiles, _ = nb.verify_dataset(config)
+    tiles, _ = nb.inspect_dataset(config)
     for place in ("images", "labels"):
         (folder / place).mkdir()
     for tile in tiles[:: max(1, len(tiles) // number)][:number]:
@@ -102,8 +102,8 @@ def train_ours(folder: Path, batch: int, precision: str) -> None:
     config = nb.make_config(**nbtools.settings() | changes)
     device = nb.pick_device()
     run = nb.Run(config, device, nb.choose_precision(precision, device), {})
-    data = nb.RooftopDataset(nb.verify_dataset(config)[0], config, train=True)
-    with nb.kept_memory(device):
+    data = nb.RooftopDataset(nb.inspect_dataset(config)[0], config, train=True)
+    with nb.keep_freed_memory(device):
         nb.one_pass(run, nb.make_loader(data, device), nb.CombinedLoss(0.6, 0.4))
 
 

@@ -111,22 +111,22 @@ def disturbed_runs(nb, folder, settings, total, rng, counts):
 
     def train(name, finish_epoch=None, forward=None):
         here = nb.replace(config, save_dir=str(folder / name))
-        tiles = nb.find_scenes(nb.verify_dataset(here)[0], "auto")
+        tiles = nb.find_scenes(nb.inspect_dataset(here)[0], "auto")
         split, _ = nb.split_tiles(tiles, here)
         run = nb.Run(here, cpu, "fp32", {"split": {}, "files": ""})
-        kept = nb.finish_epoch, nb.forward
-        nb.finish_epoch, nb.forward = finish_epoch or kept[0], forward or kept[1]
+        kept = nb.finish_epoch, nb.forward_pass
+        nb.finish_epoch, nb.forward_pass = finish_epoch or kept[0], forward or kept[1]
         try:
             nb.fit(run, split)
         finally:
-            nb.finish_epoch, nb.forward = kept
+            nb.finish_epoch, nb.forward_pass = kept
             resource.setrlimit(resource.RLIMIT_FSIZE, (hard, hard))
         nb.write_files(run)
         return run, state_of(folder / name)
 
-    nb.WRITING = float("inf")  # after every epoch, short as they are
+    nb.WRITE_SHARE = float("inf")  # after every epoch, short as they are
     hard = resource.getrlimit(resource.RLIMIT_FSIZE)[1]
-    original_finish, original_forward = nb.finish_epoch, nb.forward
+    original_finish, original_forward = nb.finish_epoch, nb.forward_pass
     _, whole = train("alone")
     for number in range(total):
         epochs = rng.sample(range(1, config.epochs + 1), 2)
@@ -145,13 +145,13 @@ def disturbed_runs(nb, folder, settings, total, rng, counts):
         steps = []
 
         def forward(run, images, bad=bad, steps=steps):
-            if run.learner.training:
+            if run.model.training:
                 steps.append(1)
                 return original_forward(run, images * bad.get(len(steps) - 1, 1))
             return original_forward(run, images)
 
         run, state = train(f"numbers{number}", forward=forward)
-        finite = all(torch.isfinite(tensor).all() for tensor in run.model.state_dict().values())
+        finite = all(torch.isfinite(tensor).all() for tensor in run.ema.state_dict().values())
         outcome = "survived" if finite and len(run.history) == config.epochs else "lost"
         counts["step without finite numbers", "tried"] += len(bad)
         counts["step without finite numbers", outcome] += len(bad)
@@ -186,7 +186,7 @@ def mutated_files(nb, folder, settings, total, rng, counts):
             faults = [one for one in found if isinstance(one, nb.Fault)]
             try:
                 found = [one for one in found if isinstance(one, nb.Tile)]
-                tiles, noticed = nb.decide(found, config)
+                tiles, noticed = nb.interpret_pixels(found, config)
             except ValueError as error:  # a whole set of such labels would stop the run
                 assert "Set in section 1.2" in str(error)
                 return "refused"

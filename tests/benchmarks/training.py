@@ -38,10 +38,10 @@ def timed(function, device):
 def bare_steps(nb, run, batch, steps, loss_fn):
     """Forward, loss, backward and update on one resident batch."""
     images, labels = batch
-    run.learner.train()
+    run.model.train()
     for _ in range(steps):
         with nb.autocast(run.device, run.precision):
-            logits = run.learner(images)
+            logits = run.model(images)
         run.optimizer.zero_grad(set_to_none=True)
         run.scaler.scale(loss_fn(logits, labels)).backward()
         run.scaler.step(run.optimizer)
@@ -59,7 +59,7 @@ def decoded(nb, dataset, index):
 
 def plain_epoch(nb, run, dataset, batch_size, loss_fn):
     """What a first script does: decode in the main process, fp32, read back a metric every step."""
-    model, optimizer, device = run.learner, run.optimizer, run.device
+    model, optimizer, device = run.model, run.optimizer, run.device
     model.train()
     order = torch.randperm(len(dataset)).tolist()
     for start in range(0, len(order) - batch_size + 1, batch_size):
@@ -90,10 +90,10 @@ def main():
     config = nb.make_config(**nbtools.settings() | changes)
     if not words.root:
         nb.write_sample(config)
-    tiles = nb.verify_dataset(config)[0]
+    tiles = nb.inspect_dataset(config)[0]
     tiles = tiles[:: max(1, len(tiles) // words.tiles)][: words.tiles]
     device = nb.pick_device()
-    memory = contextlib.nullcontext() if words.give_back else nb.kept_memory(device)
+    memory = contextlib.nullcontext() if words.give_back else nb.keep_freed_memory(device)
     with memory:
         measure(nb, words, config, tiles, device)
 
@@ -101,18 +101,20 @@ def main():
 def measure(nb, words, config, tiles, device):
     """Time the rounds on some tiles, and print."""
     precision = nb.choose_precision("auto", device)
-    a_window = nb.try_model(config, device, [precision]).loc[precision, "seconds a window"]
+    a_window = nb.time_training_steps(config, device, [precision]).loc[
+        precision, "seconds a window"
+    ]
     train = nb.RooftopDataset(tiles, config, train=True)
     loader = nb.make_loader(train, device)
     judged = nb.RooftopDataset(tiles[: max(2, len(tiles) // 18)], config)
     held_out = nb.make_loader(judged, device)
     loss_fn = nb.CombinedLoss(config.ce_weight, config.dice_weight)
     run, plain = (nb.Run(config, device, name, {}) for name in (precision, "fp32"))
-    plain.optimizer = torch.optim.AdamW(plain.learner.parameters(), config.learning_rate)
+    plain.optimizer = torch.optim.AdamW(plain.model.parameters(), config.learning_rate)
     one_layout = nb.Run(config, device, precision, {})
-    one_layout.learner = nb.build_model(config).to(device, memory_format=torch.channels_last)
+    one_layout.model = nb.build_model(config).to(device, memory_format=torch.channels_last)
     rates = {"lr": config.learning_rate, "fused": device.type in ("cpu", "cuda")}
-    one_layout.optimizer = torch.optim.AdamW(one_layout.learner.parameters(), **rates)
+    one_layout.optimizer = torch.optim.AdamW(one_layout.model.parameters(), **rates)
     images, labels = next(iter(loader))
     batch = (images.to(device, memory_format=torch.channels_last), labels.to(device))
     run.history.append({"epoch": 1, "val_loss": 1.0, "val_iou": 0.5, "seconds": 1.0})
@@ -120,7 +122,7 @@ def measure(nb, words, config, tiles, device):
     print(f"{len(tiles)} tiles, {steps} batches of {words.batch} a round,", end=" ")
     print(f"{words.side} px, {device}, {precision}")
     nb.one_pass(run, loader, loss_fn)  # warm-up: processes start, kernels are chosen
-    rows, nb.WRITING = [], float("inf")
+    rows, nb.WRITE_SHARE = [], float("inf")
     for _ in range(words.rounds):
         # another model's steps make the next one's slower, so that some go before, untimed
         bare_steps(nb, run, batch, 2, loss_fn)
