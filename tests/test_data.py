@@ -25,7 +25,9 @@ def inspect_one(nb, config):
     """The tile of the only pair, if it is usable, and the faults."""
     (pair,), _, _ = nb.pair_files(config)
     found = nb.inspect_pair(pair, None, config)
-    tiles, faults = nb.interpret_pixels([one for one in found if isinstance(one, nb.Tile)], config)
+    tiles, faults = nb.decide_label_meaning(
+        [one for one in found if isinstance(one, nb.Tile)], config
+    )
     faults = [one for one in found if isinstance(one, nb.Fault)] + faults
     return tiles[0] if tiles else None, faults
 
@@ -548,14 +550,14 @@ def test_georeference_comes_from_the_files(nb, settings):
 
 
 def test_sample_is_the_same_every_time_and_its_labels_fit(nb):
-    image, label = nb.draw_suburb(3, 256)
-    again, label_again = nb.draw_suburb(3, 256)
+    image, label = nb.paint_suburb(3, 256)
+    again, label_again = nb.paint_suburb(3, 256)
     assert np.array_equal(image, again) and np.array_equal(label, label_again)
     assert (
         image.shape == (256, 256, 3) and image.dtype == np.uint8 and set(np.unique(label)) == {0, 1}
     )
     assert 0.03 < label.mean() < 0.4
-    assert not np.array_equal(nb.draw_suburb(4, 256)[0], image)
+    assert not np.array_equal(nb.paint_suburb(4, 256)[0], image)
 
 
 def test_a_tile_keeps_little_of_its_image_in_memory(nb, settings, write_pair):

@@ -35,7 +35,7 @@ def before_saving(nb, monkeypatch):
     """A function that has something happen before the checkpoints of an epoch are written."""
 
     def arrange(epoch, happen, after=lambda: None):
-        finish = nb.finish_epoch
+        finish = nb.keep_finished_epoch
 
         def disturbed(run, better):
             if len(run.history) == epoch:
@@ -44,7 +44,7 @@ def before_saving(nb, monkeypatch):
             if len(run.history) == epoch:
                 after()
 
-        monkeypatch.setattr(nb, "finish_epoch", disturbed)
+        monkeypatch.setattr(nb, "keep_finished_epoch", disturbed)
 
     return arrange
 
@@ -444,7 +444,7 @@ def checkpoint(nb, settings):
     config = nb.make_config(**settings)
     run = nb.Run(config, CPU, "fp32", {})
     run.history.append({"epoch": 1, "val_loss": 1.0, "val_iou": 0.5, "seconds": 1.0})
-    nb.finish_epoch(run, ["iou"])
+    nb.keep_finished_epoch(run, ["iou"])
     return Path(config.save_dir) / nb.BEST_FILES["iou"]
 
 

@@ -39,7 +39,7 @@ def inspect(nb, files, config):
     found = nb.inspect_pair(nb.Pair("a", *map(str, files)), None, config)
     faults = [one for one in found if isinstance(one, nb.Fault)]
     try:
-        tiles, noticed = nb.interpret_pixels(
+        tiles, noticed = nb.decide_label_meaning(
             [one for one in found if isinstance(one, nb.Tile)], config
         )
     except ValueError as error:  # a whole set of such labels would stop the run

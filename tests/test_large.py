@@ -24,7 +24,7 @@ def write_raster(nb, settings):
         stem: str, width: int, height: int, suffix: str = ".png", seed: int = 1
     ) -> tuple[np.ndarray, np.ndarray]:
         image, label = (
-            pixels[:height, :width] for pixels in nb.draw_suburb(seed, max(width, height))
+            pixels[:height, :width] for pixels in nb.paint_suburb(seed, max(width, height))
         )
         for folder, pixels, end in (
             ("images_dir", image, ""),
@@ -116,7 +116,7 @@ def test_resize_shrinks_instead(nb, settings, write_raster):
 
 def test_a_large_file_of_any_kind_is_read_tile_by_tile(nb, settings, monkeypatch):
     monkeypatch.setattr(nb, "MAX_SIDE", 100)
-    image, label = nb.draw_suburb(1, 150)
+    image, label = nb.paint_suburb(1, 150)
     root = Path(settings["root"])
     for suffix in (".png", ".jpg", ".tif"):
         save(
@@ -146,7 +146,7 @@ def test_a_large_file_of_any_kind_is_read_tile_by_tile(nb, settings, monkeypatch
 
 
 def test_pixels_without_data_have_no_class(nb, settings, whole):
-    image, label = nb.draw_suburb(1, 150)
+    image, label = nb.paint_suburb(1, 150)
     clear = np.dstack([image, np.full((150, 150), 255, np.uint8)])
     clear[:50, :, 3] = 0
     save(Path(settings["root"]) / settings["images_dir"] / "a_1.png", clear)
@@ -226,7 +226,7 @@ class Lookup(torch.nn.Module):
 
 def test_a_tile_of_many_windows_is_scored_as_one(nb, settings, whole, monkeypatch):
     """Roofs that cross borders of windows are one object, and such borders no boundary."""
-    _, label = nb.draw_suburb(1, 150)
+    _, label = nb.paint_suburb(1, 150)
     label = label[:100]
     for folder, pixels, end in (
         ("images_dir", np.dstack([label] * 3), ""),

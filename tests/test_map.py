@@ -204,14 +204,16 @@ def test_a_south_up_scene_keeps_its_grid(nb, tmp_path, predictor):
     mask = nb.map_scene(tmp_path / "a.tif", predictor(), PLAIN)
     (found, _), file = read(mask)
     assert file["grid"] == grid and np.array_equal(found, roofs)
-    assert len(nb.find_roofs(mask, 0))
+    assert len(nb.polygonize_mask(mask, 0))
 
 
 def test_a_folder_of_scenes_is_measured_and_scored(nb, tmp_path, settings, predictor):
     nb.write_sample_scene(tmp_path)
     (path,) = nb.list_scenes(nb.make_config(**settings | {"scenes": str(tmp_path)}))
     by = predictor()
-    roofs, row = nb.measure_roofs(nb.map_scene(path, by, PLAIN), by.config.min_roof_area, path)
+    roofs, row = nb.polygonize_and_score(
+        nb.map_scene(path, by, PLAIN), by.config.min_roof_area, path
+    )
     assert row["roofs"] == len(roofs) and row["unit"] == "m²" and 0 <= row["recall"] <= 1
     made = {file.name for file in Path(settings["save_dir"], "scenes").iterdir()}
     assert made == {"suburb_mask.tif", "suburb_roofs.gpkg", "suburb_roofs.geojson"}

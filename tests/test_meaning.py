@@ -861,7 +861,7 @@ def test_a_run_that_began_in_fp16_on_a_gpu_goes_on_in_the_cpus_precision(nb, sta
     run.last_checkpoint = nb.make_checkpoint(run, nb.STATES)
     other, _ = start(epochs=2, precision="auto")
     other.last_checkpoint = run.last_checkpoint
-    nb.restore(other, other.last_checkpoint)
+    nb.restore_run(other, other.last_checkpoint)
     own = nb.choose_precision("auto", other.device)
     assert other.precision == own and other.scaler.get_scale() == 1
     path = Path(run.config.save_dir) / nb.LAST_FILE
@@ -872,7 +872,7 @@ def test_a_run_that_began_in_fp16_on_a_gpu_goes_on_in_the_cpus_precision(nb, sta
     assert f"going on after epoch 0 in {own}, begun in fp16" in capsys.readouterr().out
     explicit, _ = start(epochs=2, precision="fp16")  # as it was set
     explicit.last_checkpoint = run.last_checkpoint
-    nb.restore(explicit, explicit.last_checkpoint)
+    nb.restore_run(explicit, explicit.last_checkpoint)
     assert explicit.precision == "fp16"
 
 

@@ -275,7 +275,7 @@ def test_one_batch_can_be_learned_by_heart(nb, prepared, precision):
 def test_other_models_train_and_load(nb, prepared, architecture, encoder):
     config, split, _ = prepared
     config = replace(config, architecture=architecture, encoder_name=encoder, epochs=1)
-    history = nb.fit(nb.Run(config, CPU, "bf16", {}), split)
+    history = nb.fit_with_recovery(nb.Run(config, CPU, "bf16", {}), split)
     assert math.isfinite(history[0]["train_loss"])
     model = nb.load_model(Path(config.save_dir) / nb.LAST_FILE, CPU)
     assert type(model).__name__ == architecture
@@ -298,7 +298,7 @@ def test_colours_change_generously_where_weights_are_pretrained(
         return one_pass(run, loader, loss_fn)
 
     monkeypatch.setattr(nb, "one_pass", watched)
-    nb.fit(run, split)
+    nb.fit_with_recovery(run, split)
     assert grey[0] == generous and not grey[1]  # training, validation
 
 
@@ -338,7 +338,7 @@ def test_the_model_is_the_late_average_of_what_is_learnt(nb, prepared, monkeypat
         return taken
 
     monkeypatch.setattr(nb, "train_step", watched)
-    nb.fit(run, split)
+    nb.fit_with_recovery(run, split)
     total, state = len(seen), run.ema.state_dict()
     assert total > config.epochs  # the count of steps goes on from epoch to epoch
     shares = [((s + 1) ** 7 - s**7) / total**7 for s in range(total)]
@@ -352,7 +352,7 @@ def test_what_is_kept_is_what_was_judged(nb, prepared):
     config, split, loaders = prepared
     config = replace(config, learning_rate=1e-2)  # steps that differ from their average
     run, loss_fn = nb.Run(config, CPU, "fp32", {}), nb.CombinedLoss(0.6, 0.4)
-    history = nb.fit(run, split)
+    history = nb.fit_with_recovery(run, split)
     for file in (*nb.BEST_FILES.values(), nb.LAST_FILE):
         path = Path(config.save_dir) / file
         again = nb.Run(config, CPU, "fp32", {})
@@ -397,7 +397,7 @@ def scripted(nb, prepared, monkeypatch):
 
         monkeypatch.setattr(nb, "one_pass", one_pass)
         config_of_run = replace(config, epochs=len(losses), **changes)
-        return nb.fit(nb.Run(config_of_run, CPU, "fp32", {}), split)
+        return nb.fit_with_recovery(nb.Run(config_of_run, CPU, "fp32", {}), split)
 
     return play
 
@@ -449,7 +449,7 @@ def test_checkpoint_round_trip_needs_no_network(nb, prepared, monkeypatch):
     names = {part: [tile.name for tile in split[part]] for part in nb.SPLITS}
     run = nb.Run(config, CPU, "fp32", {"split": names, "files": "x"})
     run.config = config = replace(config, encoder_weights="imagenet")
-    history = nb.fit(run, split)
+    history = nb.fit_with_recovery(run, split)
     monkeypatch.setattr(
         "segmentation_models_pytorch.encoders.hf_hub_download",
         lambda *a, **k: pytest.fail("asked the hub"),

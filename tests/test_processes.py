@@ -33,9 +33,9 @@ def build_model(config):
     return model
 """
 AGREE = """
-train_before = fit
+train_before = fit_with_recovery
 
-def fit(run, split):
+def fit_with_recovery(run, split):
     train_before(run, split)
     content = torch.cat([part.flatten() for part in run.ema_tensors]).numpy().tobytes()
     found = [None] * WORLD_SIZE
@@ -167,7 +167,7 @@ def test_all_processes_judge_one_and_the_same_model(alone):
 def test_an_error_of_another_than_the_first_process_is_said(alone):
     settings, one = alone
     fails = """
-def fit(run, split):
+def fit_with_recovery(run, split):
     if RANK == 1:
         raise ValueError("of the second")
     on_rank_zero(print, "the first waits")

@@ -178,7 +178,7 @@ def test_what_waits_is_written_before_anything_else_can_fail(nb, start, monkeypa
     """As after an error of the GPU, where nothing can be restored any more."""
     run, go = start(epochs=4)
     monkeypatch.setattr(nb, "WRITE_SHARE", -1)  # never in time
-    restore, one_pass = nb.restore, nb.one_pass
+    restore, one_pass = nb.restore_run, nb.one_pass
 
     def failing(run, loader, loss_fn):
         if len(run.history) == 2:
@@ -191,7 +191,7 @@ def test_what_waits_is_written_before_anything_else_can_fail(nb, start, monkeypa
         restore(run, last)
 
     monkeypatch.setattr(nb, "one_pass", failing)
-    monkeypatch.setattr(nb, "restore", broken)
+    monkeypatch.setattr(nb, "restore_run", broken)
     with pytest.raises(RuntimeError, match="device-side assert"):
         go()
     assert epochs_done(Path(run.config.save_dir)) == 2
@@ -203,7 +203,7 @@ def test_a_stop_button_pressed_twice_loses_nothing(
 ):
     start(epochs=3, save_dir=str(tmp_path / "whole"))[1]()
     _, go = start(epochs=3, save_dir=str(tmp_path / "cut"))
-    judged, one_pass, restore = [], nb.one_pass, nb.restore
+    judged, one_pass, restore = [], nb.one_pass, nb.restore_run
 
     def first(run, loader, loss_fn):
         if not loader.dataset.train:
@@ -221,7 +221,7 @@ def test_a_stop_button_pressed_twice_loses_nothing(
 
     with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
         patch.setattr(nb, "one_pass", first)
-        patch.setattr(nb, "restore", second)
+        patch.setattr(nb, "restore_run", second)
         go()
     assert len(go()) == 3
     assert same(state_of(tmp_path / "whole"), state_of(tmp_path / "cut"))

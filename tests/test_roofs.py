@@ -130,16 +130,16 @@ def test_areas_are_those_of_the_ground(nb, tmp_path, system, lon, lat, turn, up)
     grid = grid * Affine.scale(0.1, 0.1 * up) * Affine.translation(-300, -280)
     mask = burn([roof], (560, 600), grid)
     path = write_mask(tmp_path / "m.tif", mask, crs=system, transform=grid)
-    (found,) = nb.find_roofs(path, 4.0).itertuples()
+    (found,) = nb.polygonize_mask(path, 4.0).itertuples()
     assert found.area_m2 == pytest.approx(40 * 25 - 10 * 8, rel=0.005)
     assert found.perimeter_m == pytest.approx(130, rel=0.005)
     assert iou(found.geometry, roof) > 0.98 and not found.touches_edge
-    table = nb.find_roofs(path, 4.0)
+    table = nb.polygonize_mask(path, 4.0)
     assert table.crs == system
     ring = shapely.orient_polygons(table.to_crs(4326).geometry[0])
     area, perimeter = GEOD.geometry_area_perimeter(ring)  # an ellipsoid's own measure
     assert (found.area_m2, found.perimeter_m) == pytest.approx((area, perimeter), rel=1e-3)
-    assert nb.find_roofs(path, 925).empty and len(nb.find_roofs(path, 915)) == 1
+    assert nb.polygonize_mask(path, 925).empty and len(nb.polygonize_mask(path, 915)) == 1
 
 
 def test_the_plane_holds_far_from_its_centre(nb, tmp_path):
@@ -147,7 +147,7 @@ def test_the_plane_holds_far_from_its_centre(nb, tmp_path):
     mask = np.zeros((1, 2000), np.uint8)
     mask[0, :50] = 1
     grid = Affine(0.001, 0, 10, 0, -0.001, 65)
-    table = nb.find_roofs(
+    table = nb.polygonize_mask(
         write_mask(tmp_path / "m.tif", mask, crs="EPSG:4326", transform=grid), 4.0
     )
     area, perimeter = GEOD.geometry_area_perimeter(table.geometry[0])
@@ -176,7 +176,7 @@ def test_every_component_is_a_roof(nb, tmp_path, pixels):
     mask = mask & ~void
     labels, count = ndimage.label(mask)
     path = write_mask(tmp_path / "m.tif", mask, probability, void)
-    found = nb.find_roofs(path, 0)
+    found = nb.polygonize_mask(path, 0)
     which = range(1, count + 1)
     inner = ndimage.binary_erosion(~void, np.ones((3, 3)))  # outside of the raster is 0
     assert len(found) == count
@@ -199,7 +199,7 @@ def test_every_component_is_a_roof(nb, tmp_path, pixels):
         )
     )
     assert holes.sum() == len(set(np.unique(background)) - outer - {0})
-    assert len(nb.find_roofs(path, 300)) == (areas >= 300).sum() < count
+    assert len(nb.polygonize_mask(path, 300)) == (areas >= 300).sum() < count
 
 
 @pytest.mark.parametrize("angle", [0, 10, 33, 71])
@@ -219,7 +219,7 @@ def test_edges_and_corners_of_any_grid(nb, tmp_path, angle):
         mask[top:bottom, left:right] = 1
     grid = Affine.translation(14, 57) * Affine.rotation(angle) * Affine.scale(3e-6, -2e-6)
     place = {"crs": "EPSG:4326", "transform": grid}
-    found = nb.find_roofs(write_mask(tmp_path / "m.tif", mask, void=void > 0, **place), 1)
+    found = nb.polygonize_mask(write_mask(tmp_path / "m.tif", mask, void=void > 0, **place), 1)
     centres = (
         found.affine_transform((~grid).to_shapely()).set_crs(None, allow_override=True).centroid
     )
@@ -238,7 +238,7 @@ def test_masks_of_one_value(nb, tmp_path, shape, value):
         with warnings.catch_warnings():
             warnings.simplefilter("error")
             warnings.simplefilter("ignore", rasterio.errors.NotGeoreferencedWarning)
-            found = nb.find_roofs(path, 0.1)
+            found = nb.polygonize_mask(path, 0.1)
             nb.write_roofs(found, tmp_path, "m")
         assert len(found) == (value == 1) and list(found.columns) == COLUMNS
         assert found.touches_edge.dtype == bool and found.touches_edge.all()
@@ -254,7 +254,7 @@ def test_small_roofs_keep_their_shape(nb, tmp_path):
     corners = [(10 + 20 * i, 10 + 20 * j) for i in range(9) for j in range(18)]
     for i, (y, x) in enumerate(corners):
         mask[y : y + 2 + i % 5, x : x + 2 + i % 7] = 1
-    found = nb.find_roofs(write_mask(tmp_path / "m.tif", mask), 4)
+    found = nb.polygonize_mask(write_mask(tmp_path / "m.tif", mask), 4)
     boxes = [shapely.box(x, y, x + 2 + i % 7, y + 2 + i % 5) for i, (y, x) in enumerate(corners)]
     assert of_truth(found.geometry.to_numpy(), boxes).min() >= 0.85
 
@@ -267,7 +267,7 @@ def test_houses_are_squared(nb, noise):
     """Far more corners are right than in simplified outlines, as near to the truth."""
     true, shape = rectangles(75, 50, count=36, cell=130)
     rough = traced(ragged(true, shape, noise))
-    drawn = nb.draw_outlines(rough, 3)
+    drawn = nb.regularize_outlines(rough, 3)
     simplified = shapely.simplify(rough, 3)
     assert right_share(drawn) > max(0.4, right_share(simplified) + 0.35)
     assert np.median(of_truth(drawn, true)) >= np.median(of_truth(simplified, true))
@@ -299,7 +299,7 @@ def test_rows_and_diagonals_do_not_get_worse(nb, kind, noise):
             for i in range(25)
         ]
     rough = traced(ragged(true, shape, noise))
-    drawn, simplified = nb.draw_outlines(rough, 3), shapely.simplify(rough, 3)
+    drawn, simplified = nb.regularize_outlines(rough, 3), shapely.simplify(rough, 3)
     ours, plain = of_truth(drawn, true), of_truth(simplified, true)
     assert np.median(ours) > np.median(plain) - 0.006 and ours.min() > plain.min() - 0.03
     corners = shapely.get_num_coordinates
@@ -327,7 +327,7 @@ def test_what_cannot_be_squared_is_simplified(nb, monkeypatch):
         return pd.concat([frame, torn]).query("roof != 5")
 
     monkeypatch.setattr(nb, "regularize_geodataframe", spoil)
-    drawn = nb.draw_outlines(rough, 3)
+    drawn = nb.regularize_outlines(rough, 3)
     assert all(
         one.equals(other) or iou(one, other) > 1 - 1e-9
         for one, other in zip(drawn, rough, strict=True)
@@ -338,9 +338,9 @@ def test_what_cannot_be_squared_is_simplified(nb, monkeypatch):
 def test_batches_do_not_matter(nb, tmp_path, monkeypatch):
     true, shape = rectangles(75, 50, count=16, cell=130)
     path = write_mask(tmp_path / "m.tif", ragged(true, shape, 0.7))
-    whole = nb.find_roofs(path, 4)
+    whole = nb.polygonize_mask(path, 4)
     monkeypatch.setattr(nb, "OUTLINE_BATCH", 5)
-    assert whole.equals(nb.find_roofs(path, 4)) and len(whole) == 16
+    assert whole.equals(nb.polygonize_mask(path, 4)) and len(whole) == 16
 
 
 # ---- score
@@ -362,7 +362,7 @@ def scene(nb, tmp_path):
     void = np.zeros_like(mask, bool)
     void[:, 300:] = True
     path = write_mask(tmp_path / "m.tif", mask, void=void, **PLACE)
-    return path, nb.find_roofs(path, 4.0)
+    return path, nb.polygonize_mask(path, 4.0)
 
 
 @pytest.mark.parametrize("system", ["EPSG:32633", "EPSG:4326", "EPSG:3857"])
@@ -377,7 +377,7 @@ def test_score_by_hand(nb, tmp_path, scene, system):
         (280, 100, 320, 120),  # half of it is seen
     )  # fmt: skip
     true.to_crs(system).to_file(tmp_path / "truth.gpkg")
-    score = nb.score_roofs(found, tmp_path / "truth.gpkg", path, 4.0)
+    score = nb.score_against_footprints(found, tmp_path / "truth.gpkg", path, 4.0)
     assert score["roofs"] == 3 and score["true_roofs"] == 6
     assert score["area_m2"] == pytest.approx(1200, rel=2e-3)
     assert score["true_area_m2"] == pytest.approx(400 * 4 + 10 + 100 + 100, rel=2e-3)
@@ -388,15 +388,17 @@ def test_score_without_matches_or_roofs(nb, tmp_path, scene):
     path, found = scene
     on_map((310, 20, 350, 60)).to_file(tmp_path / "none.gpkg")
     on_map((20, 120, 40, 140)).to_file(tmp_path / "other.gpkg")
-    none = nb.score_roofs(found[:0], tmp_path / "none.gpkg", path, 4.0)
+    none = nb.score_against_footprints(found[:0], tmp_path / "none.gpkg", path, 4.0)
     assert (
         none[["roofs", "true_roofs", "true_area_m2"]].to_list() == [0, 0, 0]
         and none.isna().sum() == 3
     )
-    assert nb.score_roofs(found, tmp_path / "none.gpkg", path, 4.0)["precision"] == 0
-    assert nb.score_roofs(found[:0], tmp_path / "other.gpkg", path, 4.0)["recall"] == 0
+    assert nb.score_against_footprints(found, tmp_path / "none.gpkg", path, 4.0)["precision"] == 0
+    assert nb.score_against_footprints(found[:0], tmp_path / "other.gpkg", path, 4.0)["recall"] == 0
     on_map()[:0].to_file(tmp_path / "empty.geojson")
-    assert nb.score_roofs(found, tmp_path / "empty.geojson", path, 4.0)["true_roofs"] == 0
+    assert (
+        nb.score_against_footprints(found, tmp_path / "empty.geojson", path, 4.0)["true_roofs"] == 0
+    )
 
 
 def test_score_mends_footprints_and_needs_a_place(nb, tmp_path, scene):
@@ -404,10 +406,10 @@ def test_score_mends_footprints_and_needs_a_place(nb, tmp_path, scene):
     bow = shapely.Polygon([(20, 50), (50, 50), (60, 90), (60, 80), (20, 90)])
     bow = gpd.GeoSeries([bow], crs=PLACE["crs"]).affine_transform(PLACE["transform"].to_shapely())
     bow.to_file(tmp_path / "bow.gpkg")
-    assert nb.score_roofs(found, tmp_path / "bow.gpkg", path, 4.0)["recall"] == 1
+    assert nb.score_against_footprints(found, tmp_path / "bow.gpkg", path, 4.0)["recall"] == 1
     nowhere = write_mask(tmp_path / "picture.tif", np.ones((9, 9)))
     with pytest.raises(ValueError, match="picture.tif has no coordinate system"):
-        nb.score_roofs(found, tmp_path / "bow.gpkg", nowhere, 4.0)
+        nb.score_against_footprints(found, tmp_path / "bow.gpkg", nowhere, 4.0)
 
 
 @pytest.mark.parametrize(("noise", "least"), [(0, 0.97), (0.7, 0.95), (1.5, 0.9)])
@@ -422,8 +424,8 @@ def test_zanzibar(nb, tmp_path, noise, least):
             [g for g, v in rasterio.features.shapes(mask.astype(np.uint8)) if v], mask.shape, noise
         )
     path = write_mask(tmp_path / "m.tif", mask, **place)
-    found = nb.find_roofs(path, 4.0)
-    score = nb.score_roofs(found, SCENE / "zanzibar.geojson", path, 4.0)
+    found = nb.polygonize_mask(path, 4.0)
+    score = nb.score_against_footprints(found, SCENE / "zanzibar.geojson", path, 4.0)
     print(score.round(3).to_dict(), right_share(found.geometry))
     assert score["true_roofs"] == 121 and score["f1"] > least and score["precision"] >= 0.98
     assert score["area_m2"] == pytest.approx(score["true_area_m2"], rel=0.01)
@@ -469,7 +471,7 @@ def test_files_are_whole_or_not_at_all(nb, tmp_path, scene, monkeypatch):
 def test_pictures_are_written_in_pixels(nb, tmp_path):
     mask = np.zeros((90, 80), np.uint8)
     mask[20:60, 10:70] = 1
-    found = nb.find_roofs(write_mask(tmp_path / "m.tif", mask), 4)
+    found = nb.polygonize_mask(write_mask(tmp_path / "m.tif", mask), 4)
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         nb.write_roofs(found, tmp_path, "m")

@@ -99,7 +99,7 @@ def counts_of(nb, label, roof, threshold=0.5):
 def named(nb, counts, names, scenes=(0,)):
     """What metrics.json holds of the counts (N, 8, C) of tiles in scenes, or (8, C) of one."""
     config = SimpleNamespace(class_names=names, seed=42)
-    return nb.make_metrics(counts.reshape(-1, 8, len(names)), list(scenes), config)
+    return nb.metrics_with_intervals(counts.reshape(-1, 8, len(names)), list(scenes), config)
 
 
 def histogram_of(nb, label, roof):
@@ -418,7 +418,7 @@ def test_a_checkpoint_of_other_classes_is_refused(nb, settings):
     config = nb.make_config(**settings)
     run = nb.Run(config, CPU, "fp32", {})
     run.history.append({"epoch": 1, "val_loss": 1.0, "val_iou": 0.5, "seconds": 1.0})
-    nb.finish_epoch(run, ["iou"])
+    nb.keep_finished_epoch(run, ["iou"])
     file = Path(config.save_dir) / nb.BEST_FILES["iou"]
     assert not nb.load_model(file, CPU, class_names=config.class_names).training
     refusal = "best_model_iou.pt cannot be used: it has class_names = .*rooftop.* this run .*solar"

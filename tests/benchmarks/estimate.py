@@ -40,7 +40,9 @@ def main() -> None:
             costs = nb.time_training_steps(config, device, [precision])
         expected = costs.loc[precision, "seconds a window"] * nb.windows_an_epoch(tiles, config)
         split, _ = nb.split_tiles(tiles, config)
-        history = nb.fit(nb.Run(config, device, precision, {"split": {}, "files": ""}), split)
+        history = nb.fit_with_recovery(
+            nb.Run(config, device, precision, {"split": {}, "files": ""}), split
+        )
         took = " and ".join(f"{row['seconds']:.1f}" for row in history)
         print(f"\n{name}: {len(tiles)} tiles, batches of {config.batch_size}:", end=" ")
         print(f"{expected:.1f} s expected, {took} s taken in {precision}", flush=True)

@@ -70,7 +70,7 @@ def too_large(nb, config, tiles, device) -> str:
     config = replace(config, batch_size=TOO_MANY, num_workers=0, large_images="resize")
     split = {"train": tiles * (2 * TOO_MANY // len(tiles) + 1), "val": tiles[:2], "test": []}
     try:
-        nb.fit(nb.Run(config, device, nb.choose_precision("auto", device), {}), split)
+        nb.fit_with_recovery(nb.Run(config, device, nb.choose_precision("auto", device), {}), split)
     except RuntimeError as error:
         return f"{type(error).__name__}: {error}"
     return "it fits"

@@ -32,7 +32,7 @@ def train(nb, config, split, device):
     names = {part: [tile.name for tile in tiles] for part, tiles in split.items()}
     precision = nb.choose_precision(config.precision, device)
     run = nb.Run(config, device, precision, {"split": names})
-    nb.fit(run, split)
+    nb.fit_with_recovery(run, split)
     run.ema = nb.load_model(Path(config.save_dir) / nb.BEST_FILES["iou"], device)
     return run
 

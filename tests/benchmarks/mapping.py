@@ -60,7 +60,7 @@ def speed(model: Path, scene: Path, tta: bool) -> dict:
         alone = time.perf_counter() - started
         started = time.perf_counter()
         mask = nb.map_scene(scene, predictor, FACTS | {"scales": saved["scales"]})
-        roofs, _ = nb.measure_roofs(mask, predictor.config.min_roof_area, scene)
+        roofs, _ = nb.polygonize_and_score(mask, predictor.config.min_roof_area, scene)
         section = time.perf_counter() - started
     rates = {"section Mpx/s": megapixels / section, "model Mpx/s": megapixels / alone}
     return rates | {"ratio": alone / section, "roofs": len(roofs)}
@@ -68,7 +68,7 @@ def speed(model: Path, scene: Path, tta: bool) -> dict:
 
 def write_scene(nb: object, path: Path, side: int) -> None:
     """The sample's roofs, white on black, again and again over a scene of a side."""
-    _, label = nb.draw_suburb(0, nb.SAMPLE_SCENE)
+    _, label = nb.paint_suburb(0, nb.SAMPLE_SCENE)
     strip = np.tile(label * 255, (1, side // nb.SAMPLE_SCENE + 1))[:, :side]
     with rasterio.open(
         path, "w", width=side, height=side, tiled=True, compress="deflate", **GRID
@@ -89,7 +89,7 @@ def memory(side: int) -> dict:
         predictor = nb.Predictor([Bright()], config, torch.device("cpu"), "fp32")
         before, started = psutil.Process().memory_info().rss, time.perf_counter()
         mask = nb.map_scene(scene, predictor, FACTS)
-        roofs, _ = nb.measure_roofs(mask, predictor.config.min_roof_area, scene)
+        roofs, _ = nb.polygonize_and_score(mask, predictor.config.min_roof_area, scene)
         seconds = time.perf_counter() - started
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
     row = {"side": side, "GiB above": (peak - before) / 2**30, "roofs": len(roofs)}

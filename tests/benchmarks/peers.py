@@ -181,7 +181,7 @@ def map_ours(folder: Path, model: str, scene: str, precision: str) -> float:
     precision = nb.choose_precision(precision, device)
     predictor = nb.Predictor(models, config, device, precision, False, saved.get("threshold", 0.5))
     facts = {"scales": saved["scales"], "ground_resolution": None}
-    nb.measure_roofs(nb.map_scene(Path(scene), predictor, facts), 4.0, Path(scene))
+    nb.polygonize_and_score(nb.map_scene(Path(scene), predictor, facts), 4.0, Path(scene))
     return time.perf_counter() - started
 
 

@@ -114,19 +114,19 @@ def disturbed_runs(nb, folder, settings, total, rng, counts):
         tiles = nb.find_scenes(nb.inspect_dataset(here)[0], "auto")
         split, _ = nb.split_tiles(tiles, here)
         run = nb.Run(here, cpu, "fp32", {"split": {}, "files": ""})
-        kept = nb.finish_epoch, nb.forward_pass
-        nb.finish_epoch, nb.forward_pass = finish_epoch or kept[0], forward or kept[1]
+        kept = nb.keep_finished_epoch, nb.forward_pass
+        nb.keep_finished_epoch, nb.forward_pass = finish_epoch or kept[0], forward or kept[1]
         try:
-            nb.fit(run, split)
+            nb.fit_with_recovery(run, split)
         finally:
-            nb.finish_epoch, nb.forward_pass = kept
+            nb.keep_finished_epoch, nb.forward_pass = kept
             resource.setrlimit(resource.RLIMIT_FSIZE, (hard, hard))
-        nb.write_files(run)
+        nb.write_checkpoint_files(run)
         return run, state_of(folder / name)
 
     nb.WRITE_SHARE = float("inf")  # after every epoch, short as they are
     hard = resource.getrlimit(resource.RLIMIT_FSIZE)[1]
-    original_finish, original_forward = nb.finish_epoch, nb.forward_pass
+    original_finish, original_forward = nb.keep_finished_epoch, nb.forward_pass
     _, whole = train("alone")
     for number in range(total):
         epochs = rng.sample(range(1, config.epochs + 1), 2)
@@ -186,7 +186,7 @@ def mutated_files(nb, folder, settings, total, rng, counts):
             faults = [one for one in found if isinstance(one, nb.Fault)]
             try:
                 found = [one for one in found if isinstance(one, nb.Tile)]
-                tiles, noticed = nb.interpret_pixels(found, config)
+                tiles, noticed = nb.decide_label_meaning(found, config)
             except ValueError as error:  # a whole set of such labels would stop the run
                 assert "Set in section 1.2" in str(error)
                 return "refused"

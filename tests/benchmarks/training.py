@@ -133,7 +133,7 @@ def measure(nb, words, config, tiles, device):
         bare_steps(nb, one_layout, batch, 2, loss_fn)
         alike = timed(lambda: bare_steps(nb, one_layout, batch, steps, loss_fn), device)
         validation = timed(lambda: nb.one_pass(run, held_out, loss_fn), device)
-        saving = timed(lambda: nb.finish_epoch(run, ["iou", "loss"]), device)
+        saving = timed(lambda: nb.keep_finished_epoch(run, ["iou", "loss"]), device)
         rows.append((notebook, bare, slow, alike, validation, saving))
         print("  " + "  ".join(f"{seconds:7.2f} s" for seconds in rows[-1]), flush=True)
     images_a_round = steps * words.batch
