@@ -906,3 +906,17 @@ def test_a_photograph_in_place_of_a_label_is_refused(nb, write, verify):
     tiles, report, _ = verify()
     assert len(tiles) == COUNT - 1
     assert report["detail"].str.contains("is it a photograph").sum() == 1
+
+
+def test_the_advice_for_inverted_labels_can_be_pasted(nb, settings, write_pair, capsys):
+    """Labels of 0 and 1 in which most is roof: the line that is printed turns them round."""
+    for number in range(4):
+        write_pair(f"s{number}_1", low=1, high=0)
+    config = nb.make_config(**settings)
+    nb.show_meaning(nb.verify_dataset(config))
+    advice = "NOTE: more roof than ground. Inverted? Then class_values = [1, 0]"
+    assert advice in capsys.readouterr().out
+    tile_set = nb.verify_dataset(nb.make_config(**settings | {"class_values": [1, 0]}))
+    nb.show_meaning(tile_set)
+    assert "NOTE" not in capsys.readouterr().out
+    assert all(tile.roof_share < 0.5 for tile in tile_set.tiles)
