@@ -345,7 +345,7 @@ def test_runs_are_compared_by_what_changed(nb, start, settings):
         metrics = {"checkpoint": nb.LAST_FILE} | score
         (Path(settings["save_dir"]) / "metrics.json").write_text(json.dumps(metrics))
         time.sleep(0.05)
-    table = nb.compare_runs(Path(settings["save_dir"]))
+    table = nb.compare_with_earlier_runs(Path(settings["save_dir"]))
     assert table["roof IoU"].tolist() == [0.1, 0.2] and table["high"].tolist() == [1, 1]
     assert table["changed"].tolist() == ["", "learning_rate: 0.001 is now 0.002"]
 
