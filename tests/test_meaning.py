@@ -163,7 +163,7 @@ def test_two_codes_of_which_one_is_ground_are_understood(nb, write, verify, labe
     for tile, read in zip(tiles, labels_read(nb, tiles, config), strict=True):
         number = int(Path(tile.key).stem.removeprefix("area").partition("_")[0])
         assert (read == roofs(number)).mean() > 0.95
-    table = nb.explain_codes(tiles, config)
+    table = nb.explain_label_codes(tiles, config)
     assert set(table["read as"]) == {"background", "rooftop"}
 
 
@@ -746,7 +746,7 @@ def test_tiles_that_overlap_never_lie_on_both_sides(nb, settings, verify):
     split, how = nb.split_tiles(tiles, config)
     assert "that overlap judged ones are left out" in how and all(split.values())
     assert nb.shared_ground(split["train"], split["val"] + split["test"]) == (set(), 0)
-    cut = nb.cut_best_row([[t] for t in tiles], [np.arange(len(tiles))], 0, config)
+    cut = nb.cut_scenes_in_three([[t] for t in tiles], [np.arange(len(tiles))], 0, config)
     assert nb.shared_ground(cut["train"], cut["val"] + cut["test"])[1] > 0.05
 
 

@@ -546,7 +546,7 @@ def test_section_3_counts_the_windows_that_an_epoch_has(nb, settings, write_pair
     split, _ = nb.split_tiles(tiles, config)
     train, val = (nb.RooftopDataset(split[p], config, p == "train") for p in ("train", "val"))
     seen = sum(len(images) for images, _ in nb.make_loader(train, CPU)) + len(val) / 3
-    assert nb.windows_an_epoch(tiles, config) == pytest.approx(seen, abs=0.2)
+    assert nb.windows_per_epoch(tiles, config) == pytest.approx(seen, abs=0.2)
     assert seen == {4: 5, 8: 8}[batch]
 
 

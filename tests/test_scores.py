@@ -93,7 +93,7 @@ def test_a_piece_has_one_partner_at_most(nb):
 def counts_of(nb, label, roof, threshold=0.5):
     """The counts (8, 2) of a tile from its label and the probability of roof."""
     probability = np.stack([1 - roof, roof]).astype(np.float32)
-    return nb.count_tile(label.astype(np.uint8), nb.classify(probability, threshold), 2)
+    return nb.count_tile(label.astype(np.uint8), nb.classify_pixels(probability, threshold), 2)
 
 
 def named(nb, counts, names, scenes=(0,)):
@@ -204,7 +204,7 @@ def test_three_classes_are_scored_one_by_one(nb):
     rng, names = np.random.default_rng(0), ["ground", "roof", "water"]
     label, predicted = rng.integers(0, 3, (2, 40, 40))
     probability = np.eye(3)[predicted].transpose(2, 0, 1).astype(np.float32)
-    counts = nb.count_tile(label.astype(np.uint8), nb.classify(probability, None), 3)
+    counts = nb.count_tile(label.astype(np.uint8), nb.classify_pixels(probability, None), 3)
     card = named(nb, counts, names)
     for number, name in enumerate(names):
         one, other = label == number, predicted == number
