@@ -179,6 +179,18 @@ def test_folds_tags_and_headings_agree():
     assert set(raw["metadata"]["colab"]["collapsed_sections"]) == heads
 
 
+def test_the_report_leaves_out_the_core_and_the_machinery():
+    """README's first command removes both, and what is tagged as core is open code with its text."""
+    readme = (ROOT / "README.md").read_text(encoding="utf-8")
+    assert re.findall(r"remove_cell_tags (\w+)", readme) == ["machinery", "core"]
+    core = {cell.id for cell in CELLS if "core" in cell.metadata.get("tags", [])}
+    assert not core & FOLDED
+    open_definitions = {cell.id for cell in CODE if defines(cell)} - FOLDED
+    assert open_definitions <= core
+    by_hand = {"loss-run", "metrics-run"}  # checks of the code above them
+    assert {cell.id for cell in ACTIONS} & core == by_hand
+
+
 def test_what_a_reader_meets_is_bounded():
     shown = [cell for cell in CELLS if cell.id not in FOLDED]
     open_code = [cell for cell in shown if cell.cell_type == "code"]
