@@ -111,12 +111,14 @@ def test_windows_are_predicted_on_cuda_and_come_back(fake, precision, tta):
     """An ensemble of two, in one view or in eight of three sizes."""
     models = [fake.build_model().eval() for _ in range(2)]
     predictor = fake.Predictor(models, fake.config_of_fake, CUDA, precision, tta=tta)
-    inputs = []
+    inputs, features = [], []
     for model in models:
         model.register_forward_pre_hook(lambda _, images: inputs.append(images[0]))
+        model.encoder.conv1.register_forward_hook(lambda _, __, seen: features.append(seen))
     probabilities = predictor(torch.randn(5, 3, 64, 64))
     assert probabilities.device.type == "cpu" and probabilities.shape == (5, 2, 64, 64)
     assert probabilities.dtype == torch.float32
     assert {images.device.type for images in inputs} == {"cuda"}
+    assert {seen.dtype for seen in features} == {fake.DTYPES[precision]}
     sides = {fake.scaled_side(scale, 64) for scale in (fake.SCALES if tta else [1])}
     assert {images.shape[-1] for images in inputs} == sides
