@@ -34,11 +34,16 @@ class Loader:
 
 
 @pytest.fixture
-def fake(nb: ModuleType, defaults: dict, monkeypatch: pytest.MonkeyPatch) -> Iterator[ModuleType]:
-    """The notebook among fake tensors, its models on CUDA; fake.config_of_fake are settings."""
+def config(nb: ModuleType, defaults: dict) -> object:
+    """Settings of a small model."""
     small = {"encoder_name": "resnet18", "encoder_weights": None, "batch_size": 4, "image_size": 64}
+    return nb.make_config(**defaults | small)
+
+
+@pytest.fixture
+def fake(nb: ModuleType, config: object, monkeypatch: pytest.MonkeyPatch) -> Iterator[ModuleType]:
+    """The notebook among fake tensors, its models on CUDA."""
     build = nb.build_model
-    config = nb.make_config(**defaults | small)
 
     def on_cuda(config: object = config) -> torch.nn.Module:
         with CUDA:
@@ -49,15 +54,16 @@ def fake(nb: ModuleType, defaults: dict, monkeypatch: pytest.MonkeyPatch) -> Ite
     monkeypatch.setattr(nb, "build_model", on_cuda)
     monkeypatch.setattr(nb, "move_to_device", lambda model, device: model)  # it is there
     monkeypatch.setattr(nb, "deepcopy", lambda model: on_cuda())  # fake weights cannot be copied
-    monkeypatch.setattr(nb, "config_of_fake", config, raising=False)
     with FakeTensorMode():
         yield nb
 
 
-def start(nb: ModuleType, precision: str, monkeypatch: pytest.MonkeyPatch) -> object:
+def start(
+    nb: ModuleType, config: object, precision: str, monkeypatch: pytest.MonkeyPatch
+) -> object:
     """A run on CUDA whose backward passes leave gradients of ones."""
     data = {"split": {}, "files": "", "scales": {}, "ground_resolution": None, "seen": []}
-    run = nb.Run(nb.config_of_fake, CUDA, precision, data)
+    run = nb.Run(config, CUDA, precision, data)
 
     def backward(loss: torch.Tensor, *_: object) -> None:
         assert loss.device.type == "cuda"
@@ -70,8 +76,8 @@ def start(nb: ModuleType, precision: str, monkeypatch: pytest.MonkeyPatch) -> ob
 
 @pytest.mark.parametrize("train", [True, False])
 @pytest.mark.parametrize("precision", ["fp16", "bf16", "fp32"])
-def test_a_pass_runs_on_cuda_up_to_its_figures(fake, monkeypatch, precision, train):
-    run, loader = start(fake, precision, monkeypatch), Loader(train)
+def test_a_pass_runs_on_cuda_up_to_its_figures(fake, config, monkeypatch, precision, train):
+    run, loader = start(fake, config, precision, monkeypatch), Loader(train)
     logits, features, forward = [], [], fake.forward_pass
     monkeypatch.setattr(
         fake, "forward_pass", lambda *words: logits.append(forward(*words)) or logits[-1]
@@ -88,9 +94,9 @@ def test_a_pass_runs_on_cuda_up_to_its_figures(fake, monkeypatch, precision, tra
 
 
 @pytest.mark.parametrize("left", ["labels", "statistics", "counts"])
-def test_what_is_left_on_the_cpu_is_noticed(fake, monkeypatch, left):
+def test_what_is_left_on_the_cpu_is_noticed(fake, config, monkeypatch, left):
     """So that the rehearsal above cannot pass by looking away."""
-    run = start(fake, "fp32", monkeypatch)
+    run = start(fake, config, "fp32", monkeypatch)
     if left == "labels":
         gather = fake.gather_batch
         monkeypatch.setattr(
@@ -107,10 +113,10 @@ def test_what_is_left_on_the_cpu_is_noticed(fake, monkeypatch, left):
 
 @pytest.mark.parametrize("tta", [False, True])
 @pytest.mark.parametrize("precision", ["fp16", "bf16", "fp32"])
-def test_windows_are_predicted_on_cuda_and_come_back(fake, precision, tta):
+def test_windows_are_predicted_on_cuda_and_come_back(fake, config, precision, tta):
     """An ensemble of two, in one view or in eight of three sizes."""
     models = [fake.build_model().eval() for _ in range(2)]
-    predictor = fake.Predictor(models, fake.config_of_fake, CUDA, precision, tta=tta)
+    predictor = fake.Predictor(models, config, CUDA, precision, tta=tta)
     inputs, features = [], []
     for model in models:
         model.register_forward_pre_hook(lambda _, images: inputs.append(images[0]))
