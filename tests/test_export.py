@@ -36,7 +36,8 @@ def make_predictor(nb: ModuleType, names: list[str], threshold: float | None) ->
         head.weight *= 150  # sure of itself: probabilities from 0 to 1
         for _ in range(3):
             model(images)
-        head.bias -= model.eval()(images).mean((0, 2, 3))  # no class is rare
+        logits = model.eval()(images)[:, : len(names)]  # without the outline
+        head.bias -= logits.mean((0, 2, 3))  # no class is rare
     model = model.to(memory_format=torch.channels_last)
     return nb.Predictor([model], config, CPU, "fp32", False, threshold)
 

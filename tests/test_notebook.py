@@ -83,6 +83,7 @@ CORE = {  # what stands open beside the settings and what acts
     "RooftopDataset",
     "Run",
     "CombinedLoss",
+    "outline_of_roofs",
     "count_pixels",
     "pixel_metrics",
     "train_step",

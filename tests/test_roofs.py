@@ -19,18 +19,25 @@ from scipy import ndimage
 from shapely import affinity
 
 SCENE = Path(__file__).parents[2] / "shared" / "data" / "scene"
-COLUMNS = ["area_m2", "perimeter_m", "confidence", "touches_edge", "geometry"]
+COLUMNS = ["area_m2", "perimeter_m", "confidence", "touches_edge"]
+COLUMNS += ["neighbours", "block", "geometry"]
 GEOD = Geod(ellps="WGS84")
 METRE = 1 / 111_320  # in degrees of latitude
 
 
-def write_mask(path, roof, probability=None, void=None, **georeference):
-    """A mask as section 13 writes it: roof, probability * 250; 255 where there is no data."""
+def write_mask(path, roof, probability=None, void=None, outline=None, **georeference):
+    """A mask as section 13 writes it: roof, probability * 250; 255 where there is no data.
+
+    With an outline in 0-1, its probability * 250 is the third band.
+    """
     bands = np.stack([roof, np.where(roof, 200, 20) if probability is None else probability])
+    if outline is not None:
+        bands = np.concatenate([bands, np.rint(250 * outline)[None]])
     if void is not None:
         bands[:, void] = 255
     blocks = {"tiled": True, "blockxsize": 128, "blockysize": 128}
-    size = {"height": roof.shape[0], "width": roof.shape[1], "count": 2, "dtype": "uint8"}
+    size = {"height": roof.shape[0], "width": roof.shape[1], "dtype": "uint8"}
+    size["count"] = len(bands)
     with rasterio.open(
         path, "w", driver="GTiff", nodata=255, **size, **blocks, **georeference
     ) as out:
@@ -249,6 +256,104 @@ def test_masks_of_one_value(nb, tmp_path, shape, value):
             assert found.area_m2[0] == np.prod(shape)
 
 
+def houses(boxes, shape):
+    """Numbers of houses (H, W) drawn from boxes, and their outline, two pixels wide: 0.9."""
+    numbers = np.zeros(shape, np.int32)
+    for number, (left, top, right, bottom) in enumerate(boxes, 1):
+        numbers[top:bottom, left:right] = number
+    around = np.ones((5, 5))
+    inside = ndimage.minimum_filter(numbers, footprint=around)
+    same = inside == ndimage.maximum_filter(numbers, footprint=around)
+    return numbers, np.where((numbers > 0) & ~same, 0.9, 0.0)
+
+
+TERRACE = [(20 + 30 * i, 20 + 2 * i, 50 + 30 * i, 60) for i in range(7)]  # steps of two pixels
+PAIR = [(20, 100, 60, 140), (60, 110, 99, 150)]
+ALONE = [(150, 100, 200, 150), (10, 180, 18, 186)]  # the last one has no core
+
+
+@pytest.fixture
+def terrace(tmp_path):
+    """A mask with a row of seven houses, a pair, and two houses by themselves; its truth."""
+    numbers, outline = houses(TERRACE + PAIR + ALONE, (200, 260))
+    probability = np.where(numbers > 0, 240, 10)
+    grid = Affine(0.3, 0, 500_000, 0, -0.3, 6_400_000)
+    place = {"crs": "EPSG:32633", "transform": grid, "outline": outline}
+    path = write_mask(tmp_path / "m.tif", numbers > 0, probability, **place)
+    boxes = gpd.GeoSeries([shapely.box(*box) for box in TERRACE + PAIR + ALONE])
+    return path, boxes.affine_transform(grid.to_shapely())
+
+
+def test_roofs_that_share_walls_are_single_polygons(nb, terrace):
+    path, true = terrace
+    found = nb.polygonize_mask(path, 1.0)
+    assert len(found) == len(true)
+    order = true.sindex.query(found.centroid.to_numpy(), "intersects")[1]
+    assert sorted(order) == list(range(len(true)))  # one polygon in each house
+    assert iou(found.geometry.to_numpy(), true.to_numpy()[order]).min() > 0.9
+    neighbours = np.array([1, 2, 2, 2, 2, 2, 1, 1, 1, 0, 0])
+    assert (found.neighbours.to_numpy() == neighbours[order]).all()
+    blocks = found.block.to_numpy()
+    truth = np.array([0] * 7 + [1] * 2 + [2, 3])[order]
+    assert len(set(zip(blocks, truth, strict=True))) == len(set(blocks)) == 4
+
+
+def test_without_an_outline_roofs_that_touch_are_one(nb, terrace):
+    path, true = terrace
+    with rasterio.open(path) as file:
+        profile, bands = file.profile, file.read([1, 2])
+    with rasterio.open(path, "w", **profile | {"count": 2}) as file:
+        file.write(bands)
+    found = nb.polygonize_mask(path, 1.0)
+    assert len(found) == 4 and (found.neighbours == 0).all()
+
+
+def test_walls_stay_shared_and_no_roofs_overlap(nb, terrace):
+    path, true = terrace
+    found = nb.polygonize_mask(path, 1.0)
+    polygons = found.geometry.to_numpy()
+    walls = 0
+    for i in range(len(polygons)):
+        for j in range(i):
+            assert polygons[i].intersection(polygons[j]).area < 1e-6
+            if found.block[i] == found.block[j]:
+                walls += polygons[i].buffer(1e-6).intersection(polygons[j].boundary).length > 3
+    assert walls == 7  # six in the row, one in the pair
+
+
+def test_roofs_do_not_depend_on_blocks(nb, tmp_path, monkeypatch, pixels):
+    """Of a random mask with random outlines, blocks of any size give the same polygons."""
+    mask, probability, _ = pixels
+    rng = np.random.default_rng(6)
+    outline = ndimage.gaussian_filter(rng.standard_normal(mask.shape), 2)
+    outline = np.clip(outline * 4, 0, 1)
+    probability = np.where(mask, 245, 5)
+    path = write_mask(tmp_path / "m.tif", mask, probability, outline=outline)
+    cores = nb.Cores(0.6, 30)
+    whole = nb.polygonize_mask(path, 4, cores)
+    assert whole.neighbours.sum() > 50 and len(whole) > 100
+    for side in (64, 97, 300):
+        monkeypatch.setattr(nb, "BLOCK_SIDE", side)
+        assert whole.equals(nb.polygonize_mask(path, 4, cores))
+
+
+def test_sections_12_and_13_tell_the_same_roofs_apart(nb, tmp_path, pixels):
+    mask, _, _ = pixels
+    rng = np.random.default_rng(7)
+    outline = np.clip(4 * ndimage.gaussian_filter(rng.standard_normal(mask.shape), 2), 0, 1)
+    outline = np.rint(250 * outline) / 250
+    path = write_mask(tmp_path / "m.tif", mask, np.where(mask, 245, 5), outline=outline)
+    cores = nb.Cores(0.6, 30)
+    numbers = nb.separate_roofs(np.uint8(mask), np.where(mask, 0.98, 0.02), outline, cores)
+    with rasterio.open(path) as file:
+        traced = nb.trace_single_roofs(file, cores)[0]
+    burnt = nb.burn_numbers(traced, rasterio.windows.Window(0, 0, *mask.shape[::-1]))
+    pairs, pixels = np.unique(np.stack([numbers[mask], burnt[mask]]), axis=1, return_counts=True)
+    assert len(np.unique(numbers[mask])) == len(traced) > 100
+    largest = pd.Series(pixels).groupby(pairs[0]).max()
+    assert largest.sum() > 0.99 * mask.sum()  # where two cores arrive at once, either may win
+
+
 def test_small_roofs_keep_their_shape(nb, tmp_path):
     mask = np.zeros((200, 400), np.uint8)
     corners = [(10 + 20 * i, 10 + 20 * j) for i in range(9) for j in range(18)]
@@ -391,7 +496,7 @@ def test_score_without_matches_or_roofs(nb, tmp_path, scene):
     none = nb.score_against_footprints(found[:0], tmp_path / "none.gpkg", path, 4.0)
     assert (
         none[["roofs", "true_roofs", "true_area_m2"]].to_list() == [0, 0, 0]
-        and none.isna().sum() == 3
+        and none.isna().sum() == 4
     )
     assert nb.score_against_footprints(found, tmp_path / "none.gpkg", path, 4.0)["precision"] == 0
     assert nb.score_against_footprints(found[:0], tmp_path / "other.gpkg", path, 4.0)["recall"] == 0

@@ -59,32 +59,46 @@ def slow_matches(true, predicted):
     return matches, n - matches, m - matches
 
 
+def match(nb, true, predicted):
+    """TP, FP, FN of the connected components of two masks."""
+    masks = (np.asarray(mask, np.uint8) for mask in (true, predicted))
+    return nb.object_counts(*(nb.components_of_classes(mask) for mask in masks))
+
+
 @pytest.mark.parametrize("seed", range(12))
 def test_objects_match_as_defined(nb, seed):
     true, predicted = blobs(seed)
-    assert nb.object_counts(true, predicted) == slow_matches(true, predicted)
+    assert match(nb, true, predicted) == slow_matches(true, predicted)
 
 
 def test_objects_by_hand(nb):
     row = [[1, 1, 1, 1, 0, 1, 0, 0, 1]]
-    assert nb.object_counts(np.array(row) > 0, np.array(row) > 0) == (3, 0, 0)
-    halves = np.array([[1, 1, 0, 0], [0, 0, 0, 0], [1, 1, 0, 0]]) > 0
-    true = np.array([[1, 1, 1, 1]]) > 0
-    half = np.array([[1, 1, 0, 0]]) > 0
-    assert nb.object_counts(true, half) == (1, 0, 0)  # exactly 0.5 is a match
-    assert nb.object_counts(true, np.array([[1, 0, 0, 1]]) > 0) == (0, 2, 1)
-    assert nb.object_counts(halves, ~halves & False) == (0, 0, 2)
-    assert nb.object_counts(np.eye(3) > 0, np.eye(3) > 0) == (1, 0, 0)  # corners connect
+    assert match(nb, row, row) == (3, 0, 0)
+    halves = [[1, 1, 0, 0], [0, 0, 0, 0], [1, 1, 0, 0]]
+    true = [[1, 1, 1, 1]]
+    assert match(nb, true, [[1, 1, 0, 0]]) == (1, 0, 0)  # exactly 0.5 is a match
+    assert match(nb, true, [[1, 0, 0, 1]]) == (0, 2, 1)
+    assert match(nb, halves, np.zeros((3, 4))) == (0, 0, 2)
+    assert match(nb, np.eye(3), np.eye(3)) == (1, 0, 0)  # corners connect
+
+
+def test_single_roofs_match_by_their_numbers(nb):
+    row = np.array([[1, 1, 2, 2, 2, 0, 7, 7]])
+    assert nb.object_counts(row, row) == (3, 0, 0)
+    assert nb.object_counts(row, np.minimum(row, 1)) == (0, 1, 3)  # all as one: IoU 3/7 at best
+    halves = np.array([[5, 5, 5, 5]]), np.array([[3, 3, 4, 4]])
+    assert nb.object_counts(*halves) == (1, 1, 0)  # both halves reach 0.5, one roof is found
+    assert nb.object_counts(*halves[::-1]) == (1, 0, 1)
 
 
 def test_a_piece_has_one_partner_at_most(nb):
     true = np.zeros((4, 9), bool)
     true[:2, :4] = True
     twice = true | np.roll(true, 2, 0)  # twice as large: IoU 0.5
-    assert nb.object_counts(true, twice) == (1, 0, 0)
+    assert match(nb, true, twice) == (1, 0, 0)
     two = true | np.roll(true, 5, 1)
     one = two | (np.arange(9) < 5)  # two roofs predicted as one
-    assert nb.object_counts(two, one) == (0, 1, 2)
+    assert match(nb, two, one) == (0, 1, 2)
 
 
 # ---- the scorecard
@@ -502,7 +516,7 @@ def test_the_box_of_a_suspect_is_in_the_picture_whatever_the_size_of_the_tile(
     monkeypatch.setattr(nb, "show_grid", lambda *words: rows.append(words))
     model = nn.Conv2d(3, 2, 1)
     predictor = nb.Predictor([model], nb.make_config(**settings), CPU, "fp32")
-    tile = SimpleNamespace(name="images/a_1.png")
+    tile = SimpleNamespace(name="images/a_1.png", rims=None)
     shown = nb.pd.DataFrame([(tile, 120, [1000, 700, 12, 10])], columns=["tile", "pixels", "box"])
     nb.show_predictions(shown, predictor)
     nb.show_predictions(shown[["tile", "pixels"]], predictor)
