@@ -16,6 +16,7 @@ import subprocess
 import sys
 import tempfile
 import time
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -34,10 +35,12 @@ GRID |= {"transform": rasterio.Affine(0.3, 0, 500_000, 0, -0.3, 6_400_000)}
 
 
 class Bright(torch.nn.Module):
-    """Calls roof what is bright: (B, 3, S, S) -> (B, 2, S, S) logits."""
+    """Calls roof what is bright, and outline where the light changes: logits (B, 3, S, S)."""
 
     def forward(self, images: torch.Tensor) -> torch.Tensor:
-        return torch.cat([-images[:, :1], images[:, :1]], 1)
+        light = 5 * images[:, :1]
+        pool = partial(torch.nn.functional.max_pool2d, kernel_size=5, stride=1, padding=2)
+        return torch.cat([-light, light, 20 * (pool(light) + pool(-light) - 1)], 1)
 
 
 def speed(model: Path, scene: Path, tta: bool) -> dict:
@@ -47,8 +50,12 @@ def speed(model: Path, scene: Path, tta: bool) -> dict:
         settings = nbtools.settings() | {"model": str(model), "save_dir": folder}
         config = nb.make_config(**settings)
         saved, precision = nb.load_checkpoint(model), nb.choose_precision("auto", device)
-        predictor = nb.Predictor([nb.load_model(model, device)], config, device, precision, tta=tta)
-        predictor = nb.replace(predictor, threshold=saved.get("threshold", 0.5))
+        chosen = {
+            "threshold": saved.get("threshold", 0.5),
+            "least_core": nb.load_least_core([model]),
+        }
+        models = [nb.load_model(model, device)]
+        predictor = nb.Predictor(models, config, device, precision, tta=tta, **chosen)
         with rasterio.open(scene) as file:
             rows, columns = (nb.blend_weights(side, config.image_size) for side in file.shape)
             megapixels = file.width * file.height / 1e6
@@ -60,16 +67,18 @@ def speed(model: Path, scene: Path, tta: bool) -> dict:
         alone = time.perf_counter() - started
         started = time.perf_counter()
         mask = nb.map_scene(scene, predictor, FACTS | {"scales": saved["scales"]})
-        roofs, _ = nb.polygonize_and_score(mask, predictor.config.min_roof_area, scene)
+        area, core = predictor.config.min_roof_area, predictor.least_core
+        roofs, _ = nb.polygonize_and_score(mask, area, scene, core)
         section = time.perf_counter() - started
     rates = {"section Mpx/s": megapixels / section, "model Mpx/s": megapixels / alone}
     return rates | {"ratio": alone / section, "roofs": len(roofs)}
 
 
 def write_scene(nb: object, path: Path, side: int) -> None:
-    """The sample's roofs, white on black, again and again over a scene of a side."""
-    _, label = nb.paint_suburb(0, nb.SAMPLE_SCENE)
-    strip = np.tile(label * 255, (1, side // nb.SAMPLE_SCENE + 1))[:, :side]
+    """The sample's houses, white and grey on black, again and again over a scene of a side."""
+    _, houses = nb.paint_houses(0, nb.SAMPLE_SCENE)
+    light = np.uint8(np.where(houses % 2, 255, 170) * (houses > 0))
+    strip = np.tile(light, (1, side // nb.SAMPLE_SCENE + 1))[:, :side]
     with rasterio.open(
         path, "w", width=side, height=side, tiled=True, compress="deflate", **GRID
     ) as f:
@@ -86,10 +95,11 @@ def memory(side: int) -> dict:
         config = nb.make_config(**nbtools.settings() | changes)
         scene = Path(folder, "scene.tif")
         write_scene(nb, scene, side)
-        predictor = nb.Predictor([Bright()], config, torch.device("cpu"), "fp32")
+        predictor = nb.Predictor([Bright()], config, torch.device("cpu"), "fp32", least_core=100)
         before, started = psutil.Process().memory_info().rss, time.perf_counter()
         mask = nb.map_scene(scene, predictor, FACTS)
-        roofs, _ = nb.polygonize_and_score(mask, predictor.config.min_roof_area, scene)
+        area, core = predictor.config.min_roof_area, predictor.least_core
+        roofs, _ = nb.polygonize_and_score(mask, area, scene, core)
         seconds = time.perf_counter() - started
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
     row = {"side": side, "GiB above": (peak - before) / 2**30, "roofs": len(roofs)}
