@@ -1,6 +1,7 @@
 """Section 13: a scene of any size becomes a mask, without seams, and goes on where it was cut off."""
 
 import json
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -83,10 +84,11 @@ def test_blending_adds_up_to_one_everywhere(nb, tmp_path, predictor):
     assert set(np.unique(probability)) == {75}
 
 
-@pytest.mark.parametrize("row", [0, 1, 3, 5])
+@pytest.mark.parametrize(("row", "depth"), [(0, None), (1, 0.3), (3, 0.3), (5, None)])
 def test_a_map_that_was_cut_off_goes_on_and_is_the_same(
-    nb, tmp_path, settings, predictor, monkeypatch, row
+    nb, tmp_path, settings, predictor, monkeypatch, row, depth
 ):
+    predictor = partial(predictor, wall_depth=depth)
     model = nb.build_model(nb.make_config(**settings)).eval()
     save(tmp_path / "a.png", np.random.default_rng(0).integers(0, 255, (333, 150, 3), np.uint8))
     whole, _ = read(nb.map_scene(tmp_path / "a.png", predictor(model), PLAIN))
@@ -104,9 +106,21 @@ def test_a_map_that_was_cut_off_goes_on_and_is_the_same(
         nb.map_scene(tmp_path / "a.png", predictor(model), PLAIN)
     again, _ = read(nb.map_scene(tmp_path / "a.png", predictor(model), PLAIN))
     rows = len(nb.blend_weights(333, 64))
+    assert len(whole) == (2 if depth is None else 3)
     assert np.array_equal(whole, again) and len(calls) == rows + 1 + min(2, row)
     folder = Path(settings["save_dir"], "scenes")
     assert [path.name for path in folder.iterdir()] == ["a_mask.tif"]
+
+
+def test_the_third_band_is_the_outline_as_a_tile_has_it(nb, tmp_path, settings, predictor):
+    model = nb.build_model(nb.make_config(**settings)).eval()
+    image = np.random.default_rng(0).integers(0, 255, (140, 150, 3), np.uint8)
+    save(tmp_path / "a.png", image)
+    mapper = predictor(model, wall_depth=0.3)
+    bands, file = read(nb.map_scene(tmp_path / "a.png", mapper, PLAIN))
+    tile = mapper.predict(image, cut=True)
+    assert np.abs(bands[1:] - 250 * tile[1:]).max() <= 0.51 and np.ptp(bands[2]) > 5
+    assert file["scales"] == (1, 1 / 250, 1 / 250)
 
 
 def test_what_is_mapped_is_not_mapped_again_unless_something_changed(

@@ -329,22 +329,24 @@ def test_roofs_do_not_depend_on_blocks(nb, tmp_path, monkeypatch, pixels):
     outline = np.clip(outline * 4, 0, 1)
     probability = np.where(mask, 245, 5)
     path = write_mask(tmp_path / "m.tif", mask, probability, outline=outline)
-    whole = nb.polygonize_mask(path, 4, 30)
+    monkeypatch.setattr(nb, "LEAST_CORE", 30)
+    whole = nb.polygonize_mask(path, 4, 0.1)
     assert whole.neighbours.sum() > 50 and len(whole) > 100
     for side in (64, 97, 300):
         monkeypatch.setattr(nb, "BLOCK_SIDE", side)
-        assert whole.equals(nb.polygonize_mask(path, 4, 30))
+        assert whole.equals(nb.polygonize_mask(path, 4, 0.1))
 
 
-def test_sections_12_and_13_tell_the_same_roofs_apart(nb, tmp_path, pixels):
+def test_sections_12_and_13_tell_the_same_roofs_apart(nb, tmp_path, monkeypatch, pixels):
+    monkeypatch.setattr(nb, "LEAST_CORE", 30)
     mask, _, _ = pixels
     rng = np.random.default_rng(7)
     outline = np.clip(4 * ndimage.gaussian_filter(rng.standard_normal(mask.shape), 2), 0, 1)
     outline = np.rint(250 * outline) / 250
     path = write_mask(tmp_path / "m.tif", mask, np.where(mask, 245, 5), outline=outline)
-    numbers = nb.separate_roofs(np.uint8(mask), np.where(mask, 0.98, 0.02), outline, 30)
+    numbers = nb.separate_roofs(np.uint8(mask), np.where(mask, 0.98, 0.02), outline, 0.1)
     with rasterio.open(path) as file:
-        traced = nb.trace_single_roofs(file, 30)[0]
+        traced = nb.trace_single_roofs(file, 0.1)[0]
     burnt = nb.burn_numbers(traced, rasterio.windows.Window(0, 0, *mask.shape[::-1]))
     pairs, pixels = np.unique(np.stack([numbers[mask], burnt[mask]]), axis=1, return_counts=True)
     assert len(np.unique(numbers[mask])) == len(traced) > 100

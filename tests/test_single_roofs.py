@@ -265,12 +265,12 @@ def test_a_predictor_averages_the_outline_like_the_rest(nb, two):
     image = np.random.default_rng(1).integers(0, 256, (150, 130, 3), dtype=np.uint8)
     for tta in (False, True):
         options = {"config": config, "device": CPU, "precision": "fp32", "tta": tta}
-        found = nb.Predictor([model], least_core=50, **options).predict(image, cut=True)
+        found = nb.Predictor([model], wall_depth=0.1, **options).predict(image, cut=True)
         alone = nb.Predictor([plain], **options).predict(image, cut=True)
         assert found.shape == (3, 150, 130) and np.allclose(found[:2], alone, atol=1e-6)
         assert (found[2] >= 0).all() and (found[2] <= 1).all() and found[2].std() > 0
     window = image[:64, :64]
-    found = nb.Predictor([model], least_core=50, **options).predict(window, cut=True)
+    found = nb.Predictor([model], wall_depth=0.1, **options).predict(window, cut=True)
     pixels = nb.TO_TENSORS(image=window)["image"][None]
     total = 0
     with torch.no_grad():
@@ -294,11 +294,11 @@ def test_an_older_model_counts_roofs_that_touch_as_one_and_says_so(nb, settings,
         if weight == 0:
             del saved["config"]["outline_weight"]  # as an older notebook wrote it
         paths.append(tmp_path / f"{weight}.pt")
-        paths[-1].write_bytes(nb.to_checkpoint_bytes(saved | {"least_core": 50}))
+        paths[-1].write_bytes(nb.to_checkpoint_bytes(saved | {"wall_depth": 0.1}))
     new, old = paths
-    assert nb.load_least_core([new]) == 50 and capsys.readouterr().out == ""
+    assert nb.load_wall_depth([new]) == 0.1 and capsys.readouterr().out == ""
     for files in ([old], [new, old]):
-        assert nb.load_least_core(files) is None
+        assert nb.load_wall_depth(files) is None
         assert str(old) in capsys.readouterr().out
     assert nb.make_config(**settings | {"model": str(old)}).outline_weight == 0
     assert nb.load_model(old, CPU)
@@ -323,7 +323,7 @@ def test_houses_are_separated_up_to_their_walls(nb):
     for n in range(4):
         numbers[10 : 40 + 3 * n, 10 + 30 * n : 40 + 30 * n] = n + 1
     numbers[50:53, 100:104] = 5  # too small for a core
-    found = nb.separate_roofs(*perfect(numbers), 300)
+    found = nb.separate_roofs(*perfect(numbers), 0.3)
     assert found.max() == 5 and np.array_equal(found > 0, numbers > 0)
     for number in range(1, 6):
         mine = found == np.bincount(found[numbers == number]).argmax()
@@ -336,29 +336,31 @@ def test_roofs_of_other_classes_are_other_roofs(nb):
     numbers[5:35, 40:75] = 2
     classes, roof, outline = perfect(numbers)
     blind = np.where(np.isin(np.arange(80), range(30, 50)), 0.0, outline)  # no line between them
-    assert nb.separate_roofs(classes, roof, blind, 300).max() == 1
-    found = nb.separate_roofs(np.uint8(numbers), roof, blind, 300)
+    assert nb.separate_roofs(classes, roof, blind, 0.3).max() == 1
+    found = nb.separate_roofs(np.uint8(numbers), roof, blind, 0.3)
     assert same_parts(found, numbers)
 
 
-def test_separation_changes_no_pixel_of_the_mask(nb):
+def test_separation_changes_no_pixel_of_the_mask(nb, monkeypatch):
     rng = np.random.default_rng(4)
     roof, outline = (ndimage.gaussian_filter(rng.random((90, 120)), 2) for _ in range(2))
     roof, outline = ((x - x.min()) / np.ptp(x) for x in (roof, outline))
     classes = np.uint8(roof > 0.5)
-    found = nb.separate_roofs(classes, roof, outline, 5)
+    monkeypatch.setattr(nb, "LEAST_CORE", 5)
+    found = nb.separate_roofs(classes, roof, outline, 0.0)
     assert np.array_equal(found > 0, classes > 0)
     for number in np.unique(found[found > 0]):
         assert ndimage.label(found == number)[1] == 1  # each roof hangs together
 
 
-def test_counts_are_by_single_roofs_where_they_are_known(nb):
+def test_counts_are_by_single_roofs_where_they_are_known(nb, monkeypatch):
     numbers = houses(0)
     classes, roof, outline = perfect(numbers)
     label = np.uint8(numbers > 0)
     by_components = nb.count_tile(label, classes, 2)
     assert by_components[5:, 1].tolist() == [2, 0, 0]  # the row is one of two
-    single = nb.separate_roofs(classes, roof, outline, 20)
+    monkeypatch.setattr(nb, "LEAST_CORE", 20)
+    single = nb.separate_roofs(classes, roof, outline, 0.3)
     assert nb.count_tile(label, classes, 2, numbers, single)[5:, 1].tolist() == [4, 0, 0]
     as_one = nb.components_of_classes(classes)
     assert nb.count_tile(label, classes, 2, numbers, as_one)[5:, 1].tolist() == [1, 1, 3]
@@ -377,41 +379,33 @@ class Seen(torch.nn.Module):
         return torch.cat([-roof, roof, 20 * (change - 0.6)], 1)
 
 
-def test_validation_chooses_cores_and_metrics_say_what_objects_are(nb, footprints, settings):
+def test_validation_chooses_depths_and_metrics_say_what_objects_are(nb, footprints, monkeypatch):
+    monkeypatch.setattr(nb, "LEAST_CORE", 20)
     config = footprints.config
-    predictor = nb.Predictor([Seen()], config, CPU, "fp32", least_core=50)
+    predictor = nb.Predictor([Seen()], config, CPU, "fp32", wall_depth=0.1)
     tally = nb.score_tiles(predictor, footprints.tiles)
     components, single = (c.sum(0)[5:, 1] for c in (tally.components, tally.counts))
     assert components[0] < single[0] <= 4 * COUNT == single[0] + single[2]
-    trials = nb.try_cores_on_validation(predictor, footprints.tiles)
-    assert (
-        (trials["true_roofs"] == 4 * COUNT).all()
-        and list(trials.index) == list(nb.TRIED_CORES)
-        and trials["f1"].between(0, 1).all()
-    )
+    trials = nb.try_depths_on_validation(predictor, footprints.tiles)
+    assert list(trials.index) == list(nb.TRIED_DEPTHS) and trials.between(0, 1).all()
+    again = nb.score_tiles(nb.replace(predictor, wall_depth=0.3), footprints.tiles).counts.sum(0)
+    assert trials[0.3] == pytest.approx(nb.scorecard(again)["object_f1"][1])
     table = nb.tabulate_trials([nb.Trial(predictor, tally)], True)
     row = table.iloc[0]
     assert row["F1 of components"] < row["F1 of single roofs"]
-    plain = nb.replace(predictor, least_core=None)
-    assert nb.try_cores_on_validation(plain, footprints.tiles) is None
+    plain = nb.replace(predictor, wall_depth=None)
+    assert nb.try_depths_on_validation(plain, footprints.tiles) is None
     split = nb.Split(footprints, config, {"test": footprints.tiles}, {})
     choice = nb.Choice(split, [Path("best.pt")], {}, predictor)
-    nb.count_test_tiles_seen_in_training = lambda files, tiles: 0
+    monkeypatch.setattr(nb, "count_test_tiles_seen_in_training", lambda files, tiles: 0)
     assert nb.assemble_metrics(choice, footprints.tiles, tally.counts)["objects"] == "single roofs"
 
 
-def core_trials(nb, best, usual, roofs):
-    """A table in which a least core of 100 has the highest F1."""
-    table = nb.pd.DataFrame({"f1": 0.1, "true_roofs": roofs}, nb.TRIED_CORES)
-    table.loc[nb.LEAST_CORE, "f1"] = usual
-    table.loc[100, "f1"] = best
-    return table
-
-
-def test_a_core_is_chosen_where_enough_roofs_tell(nb):
-    assert nb.best_least_core(core_trials(nb, 0.60, 0.50, roofs=20)) == nb.LEAST_CORE
-    assert nb.best_least_core(core_trials(nb, 0.60, 0.50, roofs=2000)) == 100
-    assert nb.best_least_core(core_trials(nb, 0.60, 0.595, roofs=2000)) == nb.LEAST_CORE
+def test_the_wall_depth_with_the_highest_f1_is_chosen(nb):
+    f1 = nb.pd.Series([0.40, 0.45, 0.44, 0.43, 0.30, 0.2, 0.1], nb.TRIED_DEPTHS)
+    assert nb.best_wall_depth(f1) == 0.1  # alone 0.05 is higher; with its neighbours it is not
+    assert nb.best_wall_depth(f1[::-1].set_axis(f1.index)) in nb.TRIED_DEPTHS[3:]
+    assert nb.best_wall_depth(f1 * np.nan) == nb.WALL_DEPTH
 
 
 def test_faint_walls_and_faint_roofs_have_their_own_levels(nb):
@@ -422,11 +416,12 @@ def test_faint_walls_and_faint_roofs_have_their_own_levels(nb):
     roof = np.where(numbers == 3, 0.55, roof)
     wall = (np.abs(np.arange(120) - 34.5) < 3) & (numbers > 0)
     outline = np.where(wall, 0.3, outline)  # faint: 0.68 of certainty on the wall
-    found = nb.separate_roofs(classes, roof, outline, 100)
+    found = nb.separate_roofs(classes, roof, outline, 0.1)
     for number in (1, 2, 3):
         share = (found[numbers == number] == np.bincount(found[numbers == number]).argmax()).mean()
         assert share > 0.97
     assert found.max() == 3
+    assert nb.separate_roofs(classes, roof, outline, 0.3).max() < 3  # too faint a wall
 
 
 # ---- the sample

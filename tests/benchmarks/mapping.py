@@ -52,7 +52,7 @@ def speed(model: Path, scene: Path, tta: bool) -> dict:
         saved, precision = nb.load_checkpoint(model), nb.choose_precision("auto", device)
         chosen = {
             "threshold": saved.get("threshold", 0.5),
-            "least_core": nb.load_least_core([model]),
+            "wall_depth": nb.load_wall_depth([model]),
         }
         models = [nb.load_model(model, device)]
         predictor = nb.Predictor(models, config, device, precision, tta=tta, **chosen)
@@ -67,8 +67,8 @@ def speed(model: Path, scene: Path, tta: bool) -> dict:
         alone = time.perf_counter() - started
         started = time.perf_counter()
         mask = nb.map_scene(scene, predictor, FACTS | {"scales": saved["scales"]})
-        area, core = predictor.config.min_roof_area, predictor.least_core
-        roofs, _ = nb.polygonize_and_score(mask, area, scene, core)
+        area, depth = predictor.config.min_roof_area, predictor.wall_depth
+        roofs, _ = nb.polygonize_and_score(mask, area, scene, depth)
         section = time.perf_counter() - started
     rates = {"section Mpx/s": megapixels / section, "model Mpx/s": megapixels / alone}
     return rates | {"ratio": alone / section, "roofs": len(roofs)}
@@ -95,11 +95,11 @@ def memory(side: int) -> dict:
         config = nb.make_config(**nbtools.settings() | changes)
         scene = Path(folder, "scene.tif")
         write_scene(nb, scene, side)
-        predictor = nb.Predictor([Bright()], config, torch.device("cpu"), "fp32", least_core=100)
+        predictor = nb.Predictor([Bright()], config, torch.device("cpu"), "fp32", wall_depth=0.3)
         before, started = psutil.Process().memory_info().rss, time.perf_counter()
         mask = nb.map_scene(scene, predictor, FACTS)
-        area, core = predictor.config.min_roof_area, predictor.least_core
-        roofs, _ = nb.polygonize_and_score(mask, area, scene, core)
+        area, depth = predictor.config.min_roof_area, predictor.wall_depth
+        roofs, _ = nb.polygonize_and_score(mask, area, scene, depth)
         seconds = time.perf_counter() - started
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
     row = {"side": side, "GiB above": (peak - before) / 2**30, "roofs": len(roofs)}

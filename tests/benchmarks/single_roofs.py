@@ -17,7 +17,7 @@ import geopandas as gpd
 import nbformat
 import numpy as np
 import pandas as pd
-import rasterio
+import rasterio.features
 import shapely
 from rasterio.windows import Window
 from unseen import nbtools, setting
@@ -80,9 +80,15 @@ def judge(found: gpd.GeoDataFrame, true: gpd.GeoSeries) -> dict[str, float]:
     return row | {"IoU of ground": ground.intersection(truth).area / ground.union(truth).area}
 
 
-def perfect_mask(true: gpd.GeoSeries) -> dict[str, float]:
-    """What the components of a perfect mask would have."""
-    components = gpd.GeoSeries([true.union_all()], crs=true.crs).explode(ignore_index=True)
+def perfect_mask(true: gpd.GeoSeries, scenes: Path) -> dict[str, float]:
+    """What the connected components of a perfect mask of the scene's pixels would have."""
+    with rasterio.open(scenes / "east.tif") as file:
+        shape, transform, crs = file.shape, file.transform, file.crs
+    mask = rasterio.features.rasterize(true.to_crs(crs), shape, transform=transform)
+    traced = rasterio.features.shapes(mask, mask=mask, transform=transform)
+    components = gpd.GeoSeries([shapely.geometry.shape(area) for area, _ in traced], crs=crs)
+    components = components.to_crs(true.crs)
+    components = components[components.area >= LEAST_AREA]
     f1, precision, recall = matches(components.to_numpy(), true.to_numpy())
     return {"F1": f1, "precision": precision, "recall": recall, "found": len(components)}
 
@@ -99,7 +105,7 @@ def main() -> None:
     folder = options.out.resolve()
     root, scenes = cut(options.town, options.footprints, folder)
     true = true_roofs(scenes)
-    rows = {f"perfect mask, {len(true)} roofs": perfect_mask(true)}
+    rows = {f"perfect mask, {len(true)} roofs": perfect_mask(true, scenes)}
     data = {"root": str(root), "images_dir": "images", "labels_dir": "labels/town.geojson"}
     for seed in options.seeds:
         out = folder / f"seed-{seed}"
