@@ -386,15 +386,19 @@ def test_validation_chooses_depths_and_metrics_say_what_objects_are(nb, footprin
     tally = nb.score_tiles(predictor, footprints.tiles)
     components, single = (c.sum(0)[5:, 1] for c in (tally.components, tally.counts))
     assert components[0] < single[0] <= 4 * COUNT == single[0] + single[2]
-    trials = nb.try_depths_on_validation(predictor, footprints.tiles)
+    trials = nb.try_wall_depths(predictor, {"val": footprints.tiles})
     assert list(trials.index) == list(nb.TRIED_DEPTHS) and trials.between(0, 1).all()
+    few = {"val": footprints.tiles[:1], "train": footprints.tiles[1:], "test": []}
+    assert nb.try_wall_depths(predictor, few).equals(trials)  # training tiles fill up
+    monkeypatch.setattr(nb, "JUDGED_TILES", 1)
+    assert not nb.try_wall_depths(predictor, few).equals(trials)
     again = nb.score_tiles(nb.replace(predictor, wall_depth=0.3), footprints.tiles).counts.sum(0)
     assert trials[0.3] == pytest.approx(nb.scorecard(again)["object_f1"][1])
     table = nb.tabulate_trials([nb.Trial(predictor, tally)], True)
     row = table.iloc[0]
     assert row["F1 of components"] < row["F1 of single roofs"]
     plain = nb.replace(predictor, wall_depth=None)
-    assert nb.try_depths_on_validation(plain, footprints.tiles) is None
+    assert nb.try_wall_depths(plain, {"val": footprints.tiles}) is None
     split = nb.Split(footprints, config, {"test": footprints.tiles}, {})
     choice = nb.Choice(split, [Path("best.pt")], {}, predictor)
     monkeypatch.setattr(nb, "count_test_tiles_seen_in_training", lambda files, tiles: 0)
