@@ -85,9 +85,9 @@ def test_a_pass_runs_on_cuda_up_to_its_figures(fake, config, monkeypatch, precis
     for model in (run.model, run.ema):
         model.encoder.conv1.register_forward_hook(lambda _, __, seen: features.append(seen))
     with pytest.raises(RuntimeError, match=NUMBERS):
-        fake.one_pass(run, loader, fake.CombinedLoss(0.6, 0.4))
+        fake.one_pass(run, loader, fake.CombinedLoss(0.6, 0.4, 0.5))
     assert loader.given == BATCHES == len(logits)
-    assert {(one.device.type, tuple(one.shape)) for one in logits} == {("cuda", (4, 2, 64, 64))}
+    assert {(one.device.type, tuple(one.shape)) for one in logits} == {("cuda", (4, 3, 64, 64))}
     assert [one.dtype for one in features] == BATCHES * [fake.DTYPES[precision]]
     assert run.scaler.is_enabled() and run.statistics.device.type == "cuda"
     assert {weight.dtype for weight in run.ema.parameters()} == {torch.float32}
@@ -108,7 +108,7 @@ def test_what_is_left_on_the_cpu_is_noticed(fake, config, monkeypatch, left):
         count = fake.count_pixels
         monkeypatch.setattr(fake, "count_pixels", lambda *words: count(*words).cpu())
     with pytest.raises(RuntimeError, match="(?i)device"):
-        fake.one_pass(run, Loader(True), fake.CombinedLoss(0.6, 0.4))
+        fake.one_pass(run, Loader(True), fake.CombinedLoss(0.6, 0.4, 0.5))
 
 
 @pytest.mark.parametrize("tta", [False, True])
@@ -116,13 +116,13 @@ def test_what_is_left_on_the_cpu_is_noticed(fake, config, monkeypatch, left):
 def test_windows_are_predicted_on_cuda_and_come_back(fake, config, precision, tta):
     """An ensemble of two, in one view or in eight of three sizes."""
     models = [fake.build_model().eval() for _ in range(2)]
-    predictor = fake.Predictor(models, config, CUDA, precision, tta=tta)
+    predictor = fake.Predictor(models, config, CUDA, precision, tta=tta, wall_depth=0.3)
     inputs, features = [], []
     for model in models:
         model.register_forward_pre_hook(lambda _, images: inputs.append(images[0]))
         model.encoder.conv1.register_forward_hook(lambda _, __, seen: features.append(seen))
     probabilities = predictor(torch.randn(5, 3, 64, 64))
-    assert probabilities.device.type == "cpu" and probabilities.shape == (5, 2, 64, 64)
+    assert probabilities.device.type == "cpu" and probabilities.shape == (5, 3, 64, 64)
     assert probabilities.dtype == torch.float32
     assert {images.device.type for images in inputs} == {"cuda"}
     assert {seen.dtype for seen in features} == {fake.DTYPES[precision]}

@@ -84,7 +84,8 @@ def perfect_mask(true: gpd.GeoSeries, scenes: Path) -> dict[str, float]:
     """What the connected components of a perfect mask of the scene's pixels would have."""
     with rasterio.open(scenes / "east.tif") as file:
         shape, transform, crs = file.shape, file.transform, file.crs
-    mask = rasterio.features.rasterize(true.to_crs(crs), shape, transform=transform)
+    grid = {"transform": transform, "dtype": "uint8"}
+    mask = rasterio.features.rasterize(true.to_crs(crs), shape, **grid)
     traced = rasterio.features.shapes(mask, mask=mask, transform=transform)
     components = gpd.GeoSeries([shapely.geometry.shape(area) for area, _ in traced], crs=crs)
     components = components.to_crs(true.crs)
