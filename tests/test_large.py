@@ -236,7 +236,7 @@ def test_a_tile_of_many_windows_is_scored_as_one(nb, settings, whole, monkeypatc
     (tile,), config = verified(nb, settings)
     monkeypatch.setattr(nb, "VIEWS", {1: sum(nb.VIEWS.values(), [])})  # other sizes blur
     predictor = nb.Predictor([Lookup()], config, CPU, "fp32", tta=True)
-    (counts,), _, _ = nb.score_tiles(predictor, [tile])
+    (counts,), *_ = nb.score_tiles(predictor, [tile])
     tp, fp, fn, intersection, union, object_tp, object_fp, object_fn = counts
     assert not fp.any() and not fn.any() and tp.sum() == label.size
     count = nb.cv2.connectedComponents(label)[0] - 1

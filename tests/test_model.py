@@ -29,10 +29,11 @@ CPU = torch.device("cpu")
 
 
 def test_default_model_has_the_true_number_of_parameters(nb, defaults):
-    model = nb.build_model(nb.make_config(**defaults))
-    assert sum(p.numel() for p in model.parameters()) == 26_677_842
-    with torch.no_grad():
-        assert model.eval()(torch.zeros(1, 3, 64, 64)).shape == (1, 2, 64, 64)
+    for weight, parameters, channels in ((0.0, 26_677_842, 2), (0.5, 26_677_842 + 257, 3)):
+        model = nb.build_model(nb.make_config(**defaults | {"outline_weight": weight}))
+        assert sum(p.numel() for p in model.parameters()) == parameters
+        with torch.no_grad():
+            assert model.eval()(torch.zeros(1, 3, 64, 64)).shape == (1, channels, 64, 64)
 
 
 @pytest.fixture(scope="module")
@@ -351,7 +352,7 @@ def test_the_model_is_the_late_average_of_what_is_learnt(nb, prepared, monkeypat
 def test_what_is_kept_is_what_was_judged(nb, prepared):
     config, split, loaders = prepared
     config = replace(config, learning_rate=1e-2)  # steps that differ from their average
-    run, loss_fn = nb.Run(config, CPU, "fp32", {}), nb.CombinedLoss(0.6, 0.4)
+    run, loss_fn = nb.Run(config, CPU, "fp32", {}), nb.CombinedLoss(0.6, 0.4, config.outline_weight)
     history = nb.fit_with_recovery(run, split)
     for file in (*nb.BEST_FILES.values(), nb.LAST_FILE):
         path = Path(config.save_dir) / file
@@ -364,7 +365,7 @@ def test_what_is_kept_is_what_was_judged(nb, prepared):
 
 def test_evaluation_changes_nothing(nb, prepared):
     config, _, loaders = prepared
-    run, loss_fn = nb.Run(config, CPU, "fp32", {}), nb.CombinedLoss(0.6, 0.4)
+    run, loss_fn = nb.Run(config, CPU, "fp32", {}), nb.CombinedLoss(0.6, 0.4, config.outline_weight)
     parts = run.ema, run.model
     before = [{k: v.clone() for k, v in part.state_dict().items()} for part in parts]
     results = [nb.one_pass(run, loaders["val"], loss_fn) for _ in range(2)]

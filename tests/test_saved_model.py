@@ -183,7 +183,7 @@ def test_with_no_tiles_it_maps_only(make_model, tmp_path):
     (curves,) = [c for c in notebook.cells if c.id == "curves-run"]
     assert any("image/png" in o.get("data", {}) for o in curves.outputs)
     with rasterio.open(here / "saved_models" / "scenes" / "town_mask.tif") as mask:
-        roof, probability = mask.read()
+        roof, probability, _ = mask.read()
     assert np.array_equal(roof, probability >= 0.31 * 250)
 
 
