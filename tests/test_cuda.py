@@ -27,10 +27,11 @@ class Loader:
     def __len__(self) -> int:
         return 100  # so that the pass looks at no figure before its end
 
-    def __iter__(self) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
+    def __iter__(self) -> Iterator[list[torch.Tensor]]:
         for _ in range(BATCHES):
             self.given += 1
-            yield torch.randn(4, 3, 64, 64), torch.zeros(4, 64, 64, dtype=torch.long)
+            labels = torch.zeros(4, 64, 64, dtype=torch.long)
+            yield [torch.randn(4, 3, 64, 64), labels, labels]
 
 
 @pytest.fixture

@@ -235,7 +235,7 @@ def test_item_is_standardised_and_of_the_models_size(nb, settings, write_pair, s
     for i in range(4):
         write_pair(f"s_{i}", side=side)
     config = config_of(nb, settings, large_images="resize")
-    image, label = nb.RooftopDataset(nb.inspect_dataset(config)[0], config)[0, 0]
+    image, label, _ = nb.RooftopDataset(nb.inspect_dataset(config)[0], config)[0, 0]
     assert image.shape == (3, 64, 64) and image.dtype == torch.float32
     assert label.shape == (64, 64) and label.dtype == torch.int64
     assert label.unique().tolist() == [0, 1]
@@ -294,7 +294,7 @@ def test_augmentation_depends_on_seed_epoch_and_tile_alone(nb, settings, tiles, 
 def test_augmented_label_follows_its_image(nb, settings, tiles):
     data = nb.RooftopDataset(tiles, config_of(nb, settings), train=True)
     for epoch in range(10):
-        image, label = data.pixels(epoch, 2)
+        image, label, _ = data.pixels(epoch, 2)
         bright = image.mean(axis=2) > image.mean()
         assert (bright == (label == 1)).mean() > 0.95
 
@@ -303,7 +303,7 @@ def test_transforms_draw_independently(nb, settings, tiles):
     data = nb.RooftopDataset(tiles, config_of(nb, settings), train=True)
     kept = []
     for epoch in range(200):
-        image, label = data.pixels(epoch, 0)
+        image, label, _ = data.pixels(epoch, 0)
         kept.append((label.sum() == 32 * 32, image[label == 1].mean()))
     still = [light for unscaled, light in kept if unscaled]
     assert 60 < len(still) < 140  # Affine is applied to half of them ...

@@ -260,12 +260,12 @@ def test_a_skipped_step_changes_nothing(nb, start, monkeypatch):
         weights = run.model.state_dict()
         return {k: v.clone() for k, v in weights.items() if "num_batches" not in k}
 
-    nb.one_pass(run, Loader([(images, labels)]), loss_fn)
+    nb.one_pass(run, Loader([(images, labels, labels)]), loss_fn)
     before = state()
-    result, skipped = nb.one_pass(run, Loader([(images * float("nan"), labels)]), loss_fn)
+    result, skipped = nb.one_pass(run, Loader([(images * float("nan"), labels, labels)]), loss_fn)
     assert run.skipped_in_a_row == skipped == 1 and same(before, state())
     assert np.isnan(list(result.values())).all()
-    nb.one_pass(run, Loader([(images, labels)]), loss_fn)
+    nb.one_pass(run, Loader([(images, labels, labels)]), loss_fn)
     assert run.skipped_in_a_row == 0 and not same(before, state())
 
 

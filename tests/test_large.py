@@ -57,7 +57,7 @@ def test_windows_cover_an_image_without_padding(nb, settings, write_raster, whol
     corners = [corner for _, corner in data.windows]
     assert corners == [(x, y) for y in (0, 36) for x in (0, 64, 86)]  # the last shifted inwards
     for index, (x, y) in enumerate(corners):
-        pixels, numbers = data.pixels(0, index)
+        pixels, numbers, _ = data.pixels(0, index)
         assert np.array_equal(pixels, image[y : y + 64, x : x + 64])
         assert np.array_equal(numbers, label[y : y + 64, x : x + 64])
 
@@ -67,7 +67,7 @@ def test_only_what_is_narrower_than_a_window_is_padded(nb, settings, write_raste
     (tile,), config = verified(nb, settings)
     data = nb.RooftopDataset([tile], config)
     assert [corner for _, corner in data.windows] == [(x, 0) for x in (*range(0, 384, 64), 336)]
-    pixels, numbers = data.pixels(0, 6)
+    pixels, numbers, _ = data.pixels(0, 6)
     assert np.array_equal(pixels[:40], image[:, 336:]) and np.array_equal(
         numbers[:40], label[:, 336:]
     )
@@ -93,7 +93,7 @@ def test_training_windows_lie_anywhere_inside_and_move(nb, settings, write_raste
     views = [data.pixels(epoch, 0) for epoch in range(40)]
     windows = np.lib.stride_tricks.sliding_window_view(image, (64, 64), axis=(0, 1))[..., 0, :, :]
     places = set()
-    for pixels, label in views:
+    for pixels, label, _ in views:
         matches = np.argwhere((windows == pixels[..., 0]).all(axis=(2, 3)))
         assert len(matches) == 1 and (label != nb.IGNORE_INDEX).all()
         places.add(tuple(matches[0]))

@@ -217,7 +217,8 @@ def judged(nb, batches, loss_fn):
     data = type("Data", (list,), {"train": False})(
         label for _, labels in batches for label in labels
     )
-    loader = type("Loader", (list,), {"dataset": data})(batches)
+    triples = [(logits, labels, labels) for logits, labels in batches]
+    loader = type("Loader", (list,), {"dataset": data})(triples)
     return nb.one_pass(run, loader, loss_fn)
 
 
@@ -226,7 +227,7 @@ def test_counts_are_added_up_before_they_are_divided(nb):
     noisy, roofs = empty.clone(), torch.ones(3, 4, 4, dtype=torch.long)
     noisy[0, 0] = 1
     batches = [(logits_for(noisy), empty), (logits_for(roofs), roofs)]  # 4 false alarms, 48 hits
-    result, _ = judged(nb, batches, lambda logits, _: torch.tensor(1.0 + (len(logits) == 3)))
+    result, _ = judged(nb, batches, lambda logits, *_: torch.tensor(1.0 + (len(logits) == 3)))
     assert result["iou"] == pytest.approx(48 / 52)
     assert result["loss"] == pytest.approx((1 + 3 * 2) / 4)
 
@@ -546,7 +547,7 @@ def test_section_3_counts_the_windows_that_an_epoch_has(nb, settings, write_pair
     tiles = nb.find_scenes(nb.inspect_dataset(config)[0], config.group_by)
     split, _ = nb.split_tiles(tiles, config)
     train, val = (nb.RooftopDataset(split[p], config, p == "train") for p in ("train", "val"))
-    seen = sum(len(images) for images, _ in nb.make_loader(train, CPU)) + len(val) / 3
+    seen = sum(len(images) for images, *_ in nb.make_loader(train, CPU)) + len(val) / 3
     assert nb.windows_per_epoch(tiles, config) == pytest.approx(seen, abs=0.2)
     assert seen == {4: 5, 8: 8}[batch]
 

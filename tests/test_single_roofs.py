@@ -170,6 +170,53 @@ def test_other_labels_are_not_taken_for_single_roofs(nb, verify, label, values):
     assert "do not tell" in nb.count_single_roofs(tiles)
 
 
+# ---- what the model is taught
+
+
+def taught(nb, tile_set, augmentation="none"):
+    """A training item of the first tile, and its outline by the definition."""
+    config = nb.replace(tile_set.config, augmentation=augmentation)
+    data = nb.RooftopDataset(tile_set.tiles[:1], config, train=True)
+    _, label, roofs = data[1, 0]
+    return label, roofs, nb.outline_of_roofs(label[None], roofs[None])[0]
+
+
+def test_footprints_teach_the_walls_between_houses(nb, footprints):
+    label, roofs, outline = taught(nb, footprints)
+    assert same_parts(roofs.numpy(), houses(0))
+    assert np.array_equal(outline, slow_outline(roofs.numpy()))
+    alone = nb.outline_of_roofs(label[None])[0]
+    assert outline.sum() > alone.sum()
+
+
+@pytest.mark.parametrize("augmentation", ["standard", "strong"])
+def test_roofs_are_moved_as_their_label(nb, footprints, augmentation):
+    for epoch in range(1, 20):
+        config = nb.replace(footprints.config, augmentation=augmentation)
+        _, label, roofs = nb.RooftopDataset(footprints.tiles[:1], config, train=True)[epoch, 0]
+        assert torch.equal(roofs > 0, label > 0) and len(roofs.unique()) > 2
+
+
+@pytest.mark.parametrize(
+    "label, values",
+    [(lambda n: 10 * n, {"class_values": [0, "other"]}), (ramp, RAMP), (solaris, SOLARIS)],
+)
+def test_every_kind_of_label_that_tells_roofs_apart_teaches_it(nb, verify, label, values):
+    tile_set = verify(label, **values)
+    for index in range(3):
+        data = nb.RooftopDataset(tile_set.tiles[index : index + 1], tile_set.config)
+        _, label, roofs = data[1, 0]
+        assert torch.equal(roofs > 0, label == 1)
+        assert same_parts(roofs.numpy(), houses(index))
+
+
+def test_plain_labels_teach_their_own_edges(nb, verify):
+    tile_set = verify(lambda numbers: 255 * (numbers > 0), class_values=[0, 255])
+    label, roofs, outline = taught(nb, tile_set, "standard")
+    assert torch.equal(label, roofs)
+    assert torch.equal(outline, nb.outline_of_roofs(label[None])[0])
+
+
 # ---- the outline's target and loss
 
 
@@ -196,6 +243,19 @@ def test_outlines_are_two_pixels_wide_in_every_view(nb, seed):
                 view, truth = view[:, ::-1], truth[:, ::-1]
             found = nb.outline_of_roofs(torch.tensor(view.copy())[None])[0]
             assert np.array_equal(found, truth)
+
+
+@pytest.mark.parametrize("seed", range(4))
+def test_numbers_draw_an_outline_between_roofs_that_touch(nb, seed):
+    rng = np.random.default_rng(seed)
+    coarse = rng.choice([0, 0, 0, 7, 300, 301, 70_000], (8, 9))
+    roofs = coarse.repeat(6, 0).repeat(6, 1)
+    labels = np.int64(roofs > 0)
+    labels[rng.random(labels.shape) < 0.02] = 255
+    expected = slow_outline(np.where(labels == 255, 255, roofs))
+    found = nb.outline_of_roofs(torch.tensor(labels)[None], torch.tensor(roofs)[None])[0]
+    assert np.array_equal(found, expected)
+    assert (found != nb.outline_of_roofs(torch.tensor(labels)[None])[0]).any()
 
 
 def test_a_tiles_edge_and_ignored_pixels_make_no_outline(nb):
@@ -434,8 +494,12 @@ def test_faint_walls_and_faint_roofs_have_their_own_levels(nb):
 def test_the_samples_scene_has_a_footprint_for_each_house(nb, tmp_path):
     image, numbers = nb.paint_houses(nb.SAMPLE_SCENES, nb.SAMPLE_SCENE)
     _, label = nb.paint_suburb(nb.SAMPLE_SCENES, nb.SAMPLE_SCENE)
-    assert np.array_equal(label, numbers > 0)
+    gap = (numbers > 0) & (label == 0)
+    assert not (label > (numbers > 0)).any() and 0 < gap.sum() < 0.05 * label.sum()
+    labelled = ndimage.label(label, np.ones((3, 3)))[0]
+    pairs = np.unique(np.stack([labelled, numbers])[:, label > 0], axis=1)
+    assert len(np.unique(pairs[0])) == pairs.shape[1]  # no piece of the label is of two houses
     nb.write_sample_scene(tmp_path)
     polygons = gpd.read_file(tmp_path / "suburb.geojson")
-    assert len(polygons) >= len(np.unique(numbers)) - 1 > ndimage.label(label)[1] + 20
+    assert len(polygons) >= len(np.unique(numbers)) - 1 > ndimage.label(numbers)[1] + 20
     assert nb.count_touching(numbers) > 50

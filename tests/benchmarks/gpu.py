@@ -45,10 +45,11 @@ def steps(nb, config, tiles, device, precision, number, top) -> dict:
     """A row of the table: the notebook's epoch of so many steps beside the bare step."""
     copies = -(-number * config.batch_size // len(tiles))
     data = nb.RooftopDataset((tiles * copies)[: number * config.batch_size], config, train=True)
-    loader, loss_fn = nb.make_loader(data, device), nb.CombinedLoss(0.6, 0.4)
+    loader = nb.make_loader(data, device)
+    loss_fn = nb.CombinedLoss(0.6, 0.4, config.outline_weight)
     run = nb.Run(config, device, precision, {})
     number = len(loader)  # of tiles with several windows more
-    images, labels = next(iter(loader))
+    images, labels, _ = next(iter(loader))
     batch = images.to(device, memory_format=torch.channels_last), labels.to(device)
     with FlopCounterMode(display=False) as flops:
         bare_steps(nb, run, batch, 1, loss_fn)

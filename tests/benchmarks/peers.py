@@ -104,7 +104,9 @@ def train_ours(folder: Path, batch: int, precision: str) -> None:
     run = nb.Run(config, device, nb.choose_precision(precision, device), {})
     data = nb.RooftopDataset(nb.inspect_dataset(config)[0], config, train=True)
     with nb.keep_freed_memory(device):
-        nb.one_pass(run, nb.make_loader(data, device), nb.CombinedLoss(0.6, 0.4))
+        nb.one_pass(
+            run, nb.make_loader(data, device), nb.CombinedLoss(0.6, 0.4, config.outline_weight)
+        )
 
 
 def train_smp(folder: Path, batch: int) -> None:

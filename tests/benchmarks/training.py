@@ -64,14 +64,14 @@ def plain_epoch(nb, run, dataset, batch_size, loss_fn):
     order = torch.randperm(len(dataset)).tolist()
     for start in range(0, len(order) - batch_size + 1, batch_size):
         items = [decoded(nb, dataset, index) for index in order[start : start + batch_size]]
-        images = torch.stack([image for image, _ in items]).to(device)
-        labels = torch.stack([label for _, label in items]).to(device)
+        images = torch.stack([image for image, *_ in items]).to(device)
+        labels = torch.stack([label for _, label, _ in items]).to(device)
         logits = model(images)
         loss = loss_fn(logits, labels)
         optimizer.zero_grad()
         loss.backward()
         optimizer.step()
-        (logits.argmax(1) == labels).float().mean().item()
+        (logits[:, :2].argmax(1) == labels).float().mean().item()
 
 
 def main():
@@ -108,14 +108,14 @@ def measure(nb, words, config, tiles, device):
     loader = nb.make_loader(train, device)
     judged = nb.RooftopDataset(tiles[: max(2, len(tiles) // 18)], config)
     held_out = nb.make_loader(judged, device)
-    loss_fn = nb.CombinedLoss(config.ce_weight, config.dice_weight)
+    loss_fn = nb.CombinedLoss(config.ce_weight, config.dice_weight, config.outline_weight)
     run, plain = (nb.Run(config, device, name, {}) for name in (precision, "fp32"))
     plain.optimizer = torch.optim.AdamW(plain.model.parameters(), config.learning_rate)
     one_layout = nb.Run(config, device, precision, {})
     one_layout.model = nb.build_model(config).to(device, memory_format=torch.channels_last)
     rates = {"lr": config.learning_rate, "fused": device.type in ("cpu", "cuda")}
     one_layout.optimizer = torch.optim.AdamW(one_layout.model.parameters(), **rates)
-    images, labels = next(iter(loader))
+    images, labels, _ = next(iter(loader))
     batch = (images.to(device, memory_format=torch.channels_last), labels.to(device))
     run.history.append({"epoch": 1, "val_loss": 1.0, "val_iou": 0.5, "seconds": 1.0})
     steps = len(loader)
