@@ -3,10 +3,14 @@
 import csv
 import json
 import re
+import shutil
 from pathlib import Path
 
+import geopandas as gpd
 import numpy as np
 import pytest
+import rasterio.features
+import shapely
 import torch
 from faulty import save
 from kernels import run_notebook
@@ -15,7 +19,7 @@ import nbtools
 
 FILES = {"rooftop_best_model_iou.pt", "rooftop_best_model_loss.pt", "rooftop_last.pt"}
 FILES |= {"metrics.json", "split.json", "history.csv", "dataset_report.csv"}
-FILES |= {"cache", "rooftop.onnx"}
+FILES |= {"cache", "rooftop.onnx", "training.lock"}
 QUICK = {"encoder_name": "resnet18", "encoder_weights": None}
 
 
@@ -43,7 +47,8 @@ def test_sample_from_nothing(tmp_path):
     folder = tmp_path / "saved_models" / "sample"
     assert {path.name for path in folder.iterdir()} == FILES | {"scenes"}
     made = {path.name for path in (folder / "scenes").iterdir()}
-    assert made == {"suburb_mask.tif", "suburb_roofs.gpkg", "suburb_roofs.geojson"}
+    names = {"suburb_mask.tif", "suburb_roofs.gpkg", "suburb_roofs.geojson", "suburb_map.html"}
+    assert made == names
     assert {path.name for path in tmp_path.iterdir()} == {"dataset", "saved_models"}
     always = {"sample-run", "look-tiles", "look-augmented", "curves-run", "threshold-curve"}
     always |= {"meaning-run", "show-scene-run"}
@@ -195,3 +200,44 @@ def test_a_bad_setting_stops_at_the_check(tmp_path):
     with pytest.raises(Exception, match="root = 'nowhere' is not a folder"):
         nbtools.run(nbtools.NOTEBOOK, tmp_path, root="nowhere")
     assert list(tmp_path.iterdir()) == []
+
+
+def test_a_corrected_map_trains_the_next_model(nb, tmp_path):
+    """The circle: map, delete two roofs, draw one, train on that, map again."""
+    town = tmp_path / "town"
+    nb.write_sample_scene(town / "images")
+    shutil.move(town / "images/suburb.geojson", town / "first.geojson")
+    small = QUICK | {"root": str(town), "images_dir": "images", "scenes": str(town / "images")}
+    small |= {"image_size": 96, "batch_size": 8, "tta": False}
+    first = {"labels_dir": "first.geojson", "save_dir": "one", "epochs": 12}
+    nbtools.run(nbtools.NOTEBOOK, tmp_path, **small, **first)
+    roofs = gpd.read_file(tmp_path / "one/scenes/suburb_roofs.gpkg")
+    assert len(roofs) > 20 and roofs["confidence"].is_monotonic_increasing
+    assert roofs["verdict"].isna().all()
+    deleted, kept = roofs.geometry[:2], roofs.geometry[2:]
+    with rasterio.open(town / "images/suburb.tif") as file:
+        free = shapely.box(*file.bounds) - kept.union_all().buffer(2)
+    spot = shapely.maximum_inscribed_circle(free).coords[0]
+    drawn = shapely.Point(spot).buffer(2, cap_style="square")
+    corrected = gpd.GeoSeries([*kept, drawn], crs=roofs.crs)
+    corrected.to_file(town / "corrected.gpkg")
+    second = {"labels_dir": "corrected.gpkg", "save_dir": "two", "epochs": 2}
+    second["encoder_weights"] = str(tmp_path / "one/rooftop_best_model_iou.pt")
+    notebook = nbtools.run(nbtools.NOTEBOOK, tmp_path, **small | second)
+    assert f"from {second['encoder_weights']} weights" in nbtools.printed(notebook)
+    again = gpd.read_file(tmp_path / "two/scenes/suburb_roofs.gpkg")
+    assert len(again) > 10 and (tmp_path / "two/metrics.json").is_file()
+    # What was taught is what was drawn
+    config = nb.make_config(
+        **nbtools.settings() | small | second | {"save_dir": str(tmp_path / "x")}
+    )
+    label = np.zeros((600, 600), np.uint8)
+    for tile in nb.verify_dataset(config).tiles:
+        x, y, width, height = tile.box
+        label[y : y + height, x : x + width] = nb.read_tile(tile)[1]
+    with rasterio.open(town / "images/suburb.tif") as file:
+        new, gone = (
+            rasterio.features.rasterize(shapes, file.shape, transform=file.transform) > 0
+            for shapes in ([drawn], [roof - kept.union_all() for roof in deleted])
+        )
+    assert new.any() and label[new].all() and gone.any() and not label[gone & ~new].any()
