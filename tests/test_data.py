@@ -367,6 +367,7 @@ def fake(nb, names, roof=0.1):
     """Tiles of 10 x 10 pixels of which no file is read."""
     facts = {"image": "", "label": "", "box": (0, 0, 10, 10), "kind": "", "sample": []}
     facts |= {"codes": None, "lossy": False, "nodata": None, "pixels": Path(), "place": None}
+    facts |= {"hidden": [], "measured": False}
     facts["class_pixels"] = np.array([int(100 - 100 * roof), int(100 * roof)])
     return [nb.Tile(name=f"images/{n}.png", key=n, digest=n, **facts) for n in names]
 

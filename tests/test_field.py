@@ -233,7 +233,7 @@ def test_a_scene_with_a_world_file_is_mapped_in_its_own_coordinates(nb, tmp_path
     assert maps.table.loc["photo.jpg", "unit"] == "square pixels"
     assert maps.table.loc["photo.jpg", "area_m2"] == pytest.approx(roofs.sum(), rel=0.05)
     text = capsys.readouterr().out
-    assert "ground_resolution" in text and "photo.geojson is not laid over" in text
+    assert "ground_resolution" in text and "photo.geojson cannot be laid over it" in text
     assert found.union_all().area == pytest.approx(0.09 * found["area_m2"].sum(), rel=1e-3)
     assert len(nb.show_largest_map(maps))
 
@@ -728,7 +728,8 @@ def test_a_map_that_moves_is_one_file_of_the_scene_and_its_roofs(nb, tmp_path, m
     assert "data:image/webp" in shown._repr_html_()  # what a notebook shows
     left, bottom, right, top = maps.roofs[tmp_path / "scenes/a.tif"].to_crs(4326).total_bounds
     (south, west), (north, east) = shown.get_bounds()
-    assert west <= left < right <= east and south <= bottom < top <= north
+    assert west - 1e-6 < left < right < east + 1e-6
+    assert south - 1e-6 < bottom < top < north + 1e-6
 
 
 def test_a_browser_gets_the_largest_roofs_of_many(nb, tmp_path, mapper, monkeypatch, capsys):
@@ -747,3 +748,25 @@ def test_scenes_without_a_place_have_no_map_that_moves(nb, tmp_path, mapper, cap
     save(tmp_path / "scenes/c.png", town(100, 100)[0])
     assert nb.show_moving_map(mapper()) is None
     assert "no map that moves" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("options", [{}, {"crs": UTM}], ids=["no system", "UTM"])
+def test_tiles_that_all_claim_one_place_are_not_taken_to_overlap(nb, write, verify, options):
+    write(lambda n: options | {"transform": from_origin(5e5, 6.4e6, 0.3, 0.3)})
+    tile_set = verify(split=[0.5, 0.25, 0.25])
+    assert "one place for all tiles" in set(tile_set.report["kind"])
+    assert len(nb.split_dataset(tile_set, tile_set.config).parts["train"]) == COUNT // 2
+
+
+def test_a_scene_whose_footprints_cannot_be_used_is_mapped(nb, tmp_path, mapper, capsys):
+    image, _ = town(100, 100)
+    save_tiff(tmp_path / "scenes/a.tif", image.transpose(2, 0, 1), **place(0))
+    near = gpd.GeoSeries([shapely.box(500_001, 6_399_990, 500_009, 6_399_999)], crs=UTM)
+    for shapes, reason in (
+        (near.boundary, "it holds lines"),
+        (near.translate(9e4), "other ground"),
+    ):
+        shapes.to_file(tmp_path / "scenes/a.gpkg")
+        maps = mapper()
+        assert "a.tif" in maps.table.index and "true_roofs" not in maps.table
+        assert reason in (text := capsys.readouterr().out) and "no score: " in text

@@ -243,8 +243,8 @@ def test_scenes_are_a_folder_or_one_file_and_have_names_of_their_own(nb, tmp_pat
     for name in ("b.png", "a.tif", "deep/c.jpg", "notes.txt", "thumb_1.png"):
         save(folder / name, town(30, 30)[0]) if "txt" not in name else (folder / name).touch()
     assert [path.name for path in scenes(folder)] == ["a.tif", "b.png", "c.jpg"]
-    assert scenes(folder / "b.png") == [folder / "b.png"]
-    assert scenes(tmp_path / "nowhere") == []
+    assert scenes(folder / "b.png") == {folder / "b.png": "b"}
+    assert scenes(tmp_path / "nowhere") == {}
     save(folder / "b.tif", town(30, 30)[0])
     with pytest.raises(ValueError, match="another scene is called b too; rename one"):
         scenes(folder)
@@ -261,7 +261,7 @@ def test_all_scenes_are_mapped_and_an_unfit_one_is_left_out(
     choice = nb.Choice(split=split, files=[], checkpoint=PLAIN, predictor=by, **empty)
     maps = nb.map_scenes(choice, session)
     assert maps.roofs == {} and maps.table.empty and nb.show_largest_map(maps).empty
-    assert f"no scene in {folder}: put a GeoTIFF there" in capsys.readouterr().out
+    assert f"no map of a scene in {folder}: put a GeoTIFF there" in capsys.readouterr().out
     save(folder / "few.png", town(70, 70)[0])
     save(folder / "many.png", town(200, 200)[0])
     (folder / "text.png").write_text("no")

@@ -461,7 +461,7 @@ def test_checkpoint_round_trip_needs_no_network(nb, prepared, monkeypatch):
     assert all(torch.equal(value, own[name]) for name, value in model.state_dict().items())
     assert not model.training
     keys = "format model learner config class_names epoch metrics precision split files history"
-    keys += " encoder_weights versions optimizer scheduler scaler"
+    keys += " encoder_weights versions optimizer scheduler scaler run"
     assert set(keys.split()) == set(saved)
     assert saved["config"] == json.loads(json.dumps(nb.asdict(config)))
     assert saved["history"] == history

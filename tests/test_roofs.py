@@ -20,7 +20,7 @@ from shapely import affinity
 
 SCENE = Path(__file__).parents[2] / "shared" / "data" / "scene"
 COLUMNS = ["area_m2", "perimeter_m", "confidence", "touches_edge"]
-COLUMNS += ["neighbours", "block", "geometry"]
+COLUMNS += ["neighbours", "block", "verdict", "geometry"]
 GEOD = Geod(ellps="WGS84")
 METRE = 1 / 111_320  # in degrees of latitude
 
