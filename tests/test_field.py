@@ -770,3 +770,15 @@ def test_a_scene_whose_footprints_cannot_be_used_is_mapped(nb, tmp_path, mapper,
         maps = mapper()
         assert "a.tif" in maps.table.index and "true_roofs" not in maps.table
         assert reason in (text := capsys.readouterr().out) and "no score: " in text
+
+
+def test_a_run_is_told_in_section_1_before_it_writes_anything(nb, settings, write_pair):
+    for n in range(4):
+        write_pair(f"s{n}_1")
+    folder = Path(settings["save_dir"])
+    folder.mkdir(parents=True)
+    lock = nb.FileLock(folder / "training.lock")
+    with lock, pytest.raises(RuntimeError, match="another run is training"):
+        nb.start_session(**settings)
+    assert {path.name for path in folder.iterdir()} == {"training.lock"}
+    assert nb.start_session(**settings).config.save_dir == str(folder)
