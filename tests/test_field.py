@@ -604,6 +604,7 @@ SHAPES = {
     "tutorial.pt": lambda s: {"model_state_dict": s, "epoch": 3},
     "wrapped.pt": lambda s: {"model": prefixed(s, "module.")},
     "compiled.pth": lambda s: prefixed(s, "_orig_mod."),
+    "flair.pth": lambda s: prefixed(s, "model.seg_model."),
     "encoder.pth": lambda s: {
         key.removeprefix("encoder."): value for key, value in s.items() if "encoder." in key
     },
