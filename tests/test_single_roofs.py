@@ -1,6 +1,7 @@
 """Single roofs: what labels tell of them, the outline's target and loss, how roofs are separated and counted."""
 
 from pathlib import Path
+from types import SimpleNamespace
 
 import cv2
 import geopandas as gpd
@@ -283,6 +284,29 @@ def test_the_outline_adds_its_own_loss(nb):
     )
     loss.backward()
     assert not logits.grad[:, :, :5].any() and logits.grad[:, :, 5:].any(dim=(0, 2, 3)).all()
+
+
+def test_the_outlines_loss_follows_the_numbers_of_roofs(nb):
+    labels = torch.ones(1, 8, 16, dtype=torch.long)
+    roofs = torch.arange(1, 3).repeat_interleave(8).expand(1, 8, 16)  # two houses, a wall between
+    loss_fn = nb.CombinedLoss(0.6, 0.4, 0.5)
+    logits = torch.zeros(1, 3, 8, 16)
+    logits[:, 2] = torch.where(nb.outline_of_roofs(labels, roofs) == 1, 9.0, -9.0)
+    wrong = loss_fn(logits, labels)
+    assert loss_fn(logits, labels, roofs) < wrong - 0.2
+    assert loss_fn(logits, labels, labels) == wrong
+
+
+def test_a_pass_hands_the_numbers_to_the_loss(nb):
+    run = SimpleNamespace(model=torch.nn.Identity(), device=CPU, precision="fp32", history=[])
+    run.ema, run.statistics = run.model, torch.zeros(0)
+    run.config = SimpleNamespace(num_classes=2)
+    labels = torch.ones(2, 4, 4, dtype=torch.long)
+    roofs, seen = 7 * labels, []
+    data = type("Data", (list,), {"train": False})(range(2))
+    loader = type("Loader", (list,), {"dataset": data})([(torch.zeros(2, 2, 4, 4), labels, roofs)])
+    nb.one_pass(run, loader, lambda *words: seen.append(words) or torch.tensor(1.0))
+    assert torch.equal(seen[0][1], labels) and torch.equal(seen[0][2], roofs)
 
 
 def test_ignored_windows_cost_nothing(nb):
