@@ -125,6 +125,7 @@ def test_roof_on_no_data_is_told_with_what_helps(nb, write, verify, capsys):
     hidden = tile_set.report[tile_set.report["kind"] == "roof on no data"]
     assert len(hidden) == 6 and "no data inside the picture" in set(tile_set.report["kind"])
     assert sum(tile.hidden_roof > 0 for tile in tile_set.tiles) == 6
+    assert max(len(tile.hidden) for tile in tile_set.tiles) <= 2  # codes are kept, not pixels
 
 
 def test_no_data_along_the_edge_is_no_cause_for_alarm(nb, write, verify, capsys):
@@ -711,16 +712,16 @@ def test_the_extents_of_places_are_in_degrees(nb, write, verify):
     assert from_bounds(left, bottom, right, top, 10, 10).a > 0
 
 
-# ---- a map that moves
+# ---- the interactive map
 
 
-def test_a_map_that_moves_is_one_file_of_the_scene_and_its_roofs(nb, tmp_path, mapper):
+def test_an_interactive_map_is_one_file_of_the_scene_and_its_roofs(nb, tmp_path, mapper):
     image, _ = town(300, 200)
     save_tiff(tmp_path / "scenes/a.tif", image.transpose(2, 0, 1), **place(0))
     save_tiff(tmp_path / "scenes/b.tif", image[:100].transpose(2, 0, 1), **place(90))
     save(tmp_path / "scenes/c.png", image)
     maps = mapper()
-    shown = nb.show_moving_map(maps)
+    shown = nb.show_interactive_map(maps)
     folder = next(iter(maps.masks.values())).parent
     assert {path.name for path in folder.glob("*.html")} == {"a_map.html", "b_map.html"}
     text = (folder / "a_map.html").read_text()
@@ -736,19 +737,19 @@ def test_a_map_that_moves_is_one_file_of_the_scene_and_its_roofs(nb, tmp_path, m
 def test_a_browser_gets_the_largest_roofs_of_many(nb, tmp_path, mapper, monkeypatch, capsys):
     image, _ = town(300, 200)
     save_tiff(tmp_path / "scenes/a.tif", image.transpose(2, 0, 1), **place(0))
-    monkeypatch.setattr(nb, "MAX_MOVED", 3)
+    monkeypatch.setattr(nb, "MAX_DRAWN", 3)
     maps = mapper()
-    nb.show_moving_map(maps)
+    nb.show_interactive_map(maps)
     (mask,) = maps.masks.values()
     assert mask.with_name("a_map.html").read_text().count('"area_m2":') == 3
     count = maps.table.loc["a.tif", "roofs"]
     assert f"the 3 largest of {count} roofs are drawn" in capsys.readouterr().out
 
 
-def test_scenes_without_a_place_have_no_map_that_moves(nb, tmp_path, mapper, capsys):
+def test_scenes_without_a_place_have_no_interactive_map(nb, tmp_path, mapper, capsys):
     save(tmp_path / "scenes/c.png", town(100, 100)[0])
-    assert nb.show_moving_map(mapper()) is None
-    assert "no map that moves" in capsys.readouterr().out
+    assert nb.show_interactive_map(mapper()) is None
+    assert "no interactive map" in capsys.readouterr().out
 
 
 @pytest.mark.parametrize("options", [{}, {"crs": UTM}], ids=["no system", "UTM"])
