@@ -323,8 +323,8 @@ def test_walls_stay_shared_and_no_roofs_overlap(nb, terrace):
     assert walls == 7  # six in the row, one in the pair
 
 
-def test_roofs_do_not_depend_on_blocks(nb, tmp_path, monkeypatch, pixels):
-    """Of a random mask with random outlines, blocks of any size give the same polygons."""
+def test_roofs_do_not_depend_on_strips(nb, tmp_path, monkeypatch, pixels):
+    """Of a random mask with random outlines, strips of any height give the same polygons."""
     mask, probability, _ = pixels
     rng = np.random.default_rng(6)
     outline = ndimage.gaussian_filter(rng.standard_normal(mask.shape), 2)
@@ -334,8 +334,8 @@ def test_roofs_do_not_depend_on_blocks(nb, tmp_path, monkeypatch, pixels):
     monkeypatch.setattr(nb, "LEAST_CORE", 30)
     whole = nb.polygonize_mask(path, 4, 0.1)
     assert whole.neighbours.sum() > 50 and len(whole) > 100
-    for side in (64, 97, 300):
-        monkeypatch.setattr(nb, "BLOCK_SIDE", side)
+    for height in (10, 64, 97, 300):
+        monkeypatch.setattr(nb, "STRIP_PIXELS", height * mask.shape[1])
         assert whole.equals(nb.polygonize_mask(path, 4, 0.1))
 
 
