@@ -122,3 +122,10 @@ def real_tiles() -> str:
     if not REAL_TILES.is_dir():
         pytest.skip(f"the real tiles are not at {REAL_TILES}")
     return str(REAL_TILES)
+
+
+@pytest.fixture
+def views_of_one_size(nb: ModuleType, monkeypatch: pytest.MonkeyPatch) -> None:
+    """All flips and rotations at the window's own size, as other sizes blur."""
+    views = {tta: {1: sum(scales.values(), [])} for tta, scales in nb.VIEWS.items()}
+    monkeypatch.setattr(nb, "VIEWS", views)

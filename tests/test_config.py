@@ -30,7 +30,7 @@ BAD = {
     "encoder that cannot be dilated": {"encoder_name": "densenet121"},
     "side not divisible by 16": {"image_size": 250},
     "views that the model cannot see": {
-        "tta": True,
+        "tta": "all",
         "architecture": "PAN",
         "encoder_name": "mobilenet_v2",
         "image_size": 128,
@@ -62,6 +62,7 @@ BAD = {
     "threshold of one": {"threshold": 1.0},
     "threshold by another name": {"threshold": "best"},
     "tta that is a number": {"tta": 8},
+    "unknown views": {"tta": "most"},
     "ensemble that is a name": {"ensemble": "model.pt"},
     "ensemble that does not exist": {"ensemble": ["nowhere/model.pt"]},
 }

@@ -155,10 +155,10 @@ def test_what_is_left_on_the_cpu_is_noticed(fake, config, monkeypatch, left):
         fake.one_pass(run, Loader(True), fake.CombinedLoss(0.6, 0.4, 0.5))
 
 
-@pytest.mark.parametrize("tta", [False, True])
+@pytest.mark.parametrize("tta", [False, True, "all"])
 @pytest.mark.parametrize("precision", ["fp16", "bf16", "fp32"])
 def test_windows_are_predicted_on_cuda_and_come_back(fake, config, precision, tta):
-    """An ensemble of two, in one view or in eight of three sizes."""
+    """An ensemble of two, in one view or in several of three sizes."""
     models = [fake.move_to_device(fake.build_model(config), CUDA).eval() for _ in range(2)]
     predictor = fake.Predictor(models, config, CUDA, precision, tta=tta, wall_depth=0.3)
     inputs, features = [], []
@@ -170,7 +170,7 @@ def test_windows_are_predicted_on_cuda_and_come_back(fake, config, precision, tt
     assert probabilities.dtype == torch.float32
     assert {images.device.type for images in inputs} == {"cuda"}
     assert {seen.dtype for seen in features} == {fake.DTYPES[precision]}
-    sides = {fake.scaled_side(scale, 64) for scale in (fake.SCALES if tta else [1])}
+    sides = {fake.scaled_side(scale, 64) for scale in fake.VIEWS[tta]}
     assert {images.shape[-1] for images in inputs} == sides
 
 

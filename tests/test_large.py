@@ -224,7 +224,7 @@ class Lookup(torch.nn.Module):
         return torch.stack([-roof, roof], 1)
 
 
-def test_a_tile_of_many_windows_is_scored_as_one(nb, settings, whole, monkeypatch):
+def test_a_tile_of_many_windows_is_scored_as_one(nb, settings, whole, views_of_one_size):
     """Roofs that cross borders of windows are one object, and such borders no boundary."""
     _, label = nb.paint_suburb(1, 150)
     label = label[:100]
@@ -234,7 +234,6 @@ def test_a_tile_of_many_windows_is_scored_as_one(nb, settings, whole, monkeypatc
     ):
         save(Path(settings["root"]) / settings[folder] / f"a_1{end}.png", 255 * pixels)
     (tile,), config = verified(nb, settings)
-    monkeypatch.setattr(nb, "VIEWS", {1: sum(nb.VIEWS.values(), [])})  # other sizes blur
     predictor = nb.Predictor([Lookup()], config, CPU, "fp32", tta=True)
     (counts,), *_ = nb.score_tiles(predictor, [tile])
     tp, fp, fn, intersection, union, object_tp, object_fp, object_fn = counts

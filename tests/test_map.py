@@ -1,6 +1,8 @@
 """Section 13: a scene of any size becomes a mask, without seams, and goes on where it was cut off."""
 
 import json
+import threading
+import time
 from functools import partial
 from pathlib import Path
 
@@ -110,6 +112,40 @@ def test_a_map_that_was_cut_off_goes_on_and_is_the_same(
     assert np.array_equal(whole, again) and len(calls) == rows + 1 + min(2, row)
     folder = Path(settings["save_dir"], "scenes")
     assert [path.name for path in folder.iterdir()] == ["a_mask.tif"]
+
+
+def test_the_next_row_is_read_while_the_model_works(nb, tmp_path, predictor, monkeypatch):
+    """One row ahead and no further; nothing is read any more after an interrupt."""
+    save(tmp_path / "a.png", np.random.default_rng(0).integers(0, 255, (333, 150, 3), np.uint8))
+    rows = len(nb.blend_weights(333, 64))
+    tops, seen, read_row, predict = [], [], nb.read_row_of_windows, nb.Predictor.predict
+
+    def noted(*words):
+        tops.append(words[-1])
+        return read_row(*words)
+
+    monkeypatch.setattr(nb, "read_row_of_windows", noted)
+
+    def watched(*words, **named):
+        seen.append(1)
+        started = time.monotonic()
+        while len(tops) < min(len(seen) + 1, rows):  # never, if rows were read in turn
+            assert time.monotonic() < started + 20
+            time.sleep(0.01)
+        time.sleep(0.05)
+        assert len(tops) == min(len(seen) + 1, rows)
+        if len(seen) == stop:
+            raise KeyboardInterrupt
+        return predict(*words, **named)
+
+    monkeypatch.setattr(nb.Predictor, "predict", watched)
+    threads, stop = threading.active_count(), 3
+    with pytest.raises(KeyboardInterrupt):
+        nb.map_scene(tmp_path / "a.png", predictor(Constant()), PLAIN)
+    assert threading.active_count() == threads
+    tops, seen, stop = [], [], None
+    nb.map_scene(tmp_path / "a.png", predictor(Constant()), PLAIN)
+    assert tops == sorted(tops) and threading.active_count() == threads
 
 
 def test_the_third_band_is_the_outline_as_a_tile_has_it(nb, tmp_path, settings, predictor):

@@ -324,28 +324,39 @@ def back(image, quarter_turns, axes):
     return image.flip(axes).rot90(-quarter_turns, (-2, -1))
 
 
-def test_views_are_turned_back_before_they_are_averaged(nb, predictor):
-    """All eight flips and rotations, once each; the sizes by hand, of windows of 64 pixels."""
+@pytest.mark.parametrize(("tta", "count"), [(True, 3), ("all", 8)])
+def test_views_are_turned_back_before_they_are_averaged(nb, predictor, tta, count):
+    """Flips and rotations, once each; the sizes by hand, of windows of 64 pixels."""
     images = torch.randn(2, 3, 64, 64)
-    averaged = predictor(Lopsided(), tta=True)
+    averaged = predictor(Lopsided(), tta=tta)
     slow, seen = 0, []
     for scale, side in ((1, 64), (0.75, 64), (1.5, 96)):
-        for turns, axes in nb.VIEWS[scale]:
+        for turns, axes in nb.VIEWS[tta].get(scale, []):
             view = rotated(images, turns, axes)
             view = torch.nn.functional.interpolate(view, side, mode="bilinear")
             one = torch.nn.functional.interpolate(Lopsided()(view).softmax(1), 64, mode="bilinear")
-            slow = slow + back(one, turns, axes) / 8
+            slow = slow + back(one, turns, axes) / count
             seen.append(rotated(images[0, 0], turns, tuple(axis - 2 for axis in axes)))
     assert torch.allclose(averaged(images), slow, atol=1e-6)
-    assert len({tuple(view.flatten().tolist()) for view in seen}) == 8
+    assert len({tuple(view.flatten().tolist()) for view in seen}) == count
     half_turned = averaged(images.rot90(2, (2, 3)))
-    assert torch.allclose(half_turned, averaged(images).rot90(2, (2, 3)), atol=1e-6)
+    if tta == "all":
+        assert torch.allclose(half_turned, averaged(images).rot90(2, (2, 3)), atol=1e-6)
     plain = predictor(Lopsided())
     assert torch.allclose(plain(images), Lopsided()(images).softmax(1))
     assert not torch.allclose(plain(images), averaged(images), atol=1e-2)
 
 
-def test_views_of_another_size_are_smaller_and_larger(predictor):
+@pytest.mark.parametrize(
+    ("tta", "batches"),
+    [
+        (False, [(3, 256)]),
+        (True, [(6, 256), (3, 384)]),
+        ("all", [(4, 256), (2, 192), (2, 384)] * 3),
+    ],
+)
+def test_views_of_another_size_are_smaller_and_larger(predictor, tta, batches):
+    """Of a batch of eight no more pixels go through the model at once than of eight windows."""
     sides = []
 
     class Watching(nn.Module):
@@ -353,8 +364,8 @@ def test_views_of_another_size_are_smaller_and_larger(predictor):
             sides.append((len(images), images.shape[-1]))
             return images[:, :2]
 
-    found = predictor(Watching(), tta=True, batch_size=8)(torch.randn(3, 3, 256, 256))
-    assert sides == [(8, 256), (4, 192), (4, 384), (4, 256), (2, 192), (2, 384)]
+    found = predictor(Watching(), tta=tta, batch_size=8)(torch.randn(3, 3, 256, 256))
+    assert sides == batches and all(count * side**2 <= 8 * 256**2 for count, side in sides)
     assert found.shape == (3, 2, 256, 256)
     assert torch.allclose(found.sum(1), torch.ones(3, 256, 256), atol=1e-6)
 
@@ -380,13 +391,14 @@ def test_the_weights_of_windows_add_up_to_one_at_every_pixel(nb, length, size):
     assert (len(tapers) == 1) == (length <= size)
 
 
-@pytest.mark.parametrize(("batch_size", "tta"), [(2, False), (4, False), (32, False), (16, True)])
+@pytest.mark.parametrize(
+    ("batch_size", "tta"), [(2, False), (4, False), (32, False), (16, True), (16, "all")]
+)
 @pytest.mark.parametrize("shape", [(150, 100), (100, 150), (65, 64), (150, 40), (10, 200)])
 def test_blending_changes_no_answer_that_all_windows_share(
-    nb, predictor, pixelwise, shape, batch_size, tta, monkeypatch
+    nb, predictor, pixelwise, shape, batch_size, tta, views_of_one_size
 ):
     """The outermost pixels included, and a side that is shorter than a window."""
-    monkeypatch.setattr(nb, "VIEWS", {1: sum(nb.VIEWS.values(), [])})  # other sizes blur
     image = picture(*shape)
     found = predictor(pixelwise, batch_size=batch_size, tta=tta).predict(image, cut=True)
     assert found.shape == (2, *shape)

@@ -8,7 +8,8 @@ and geoai-py. Each loop runs in a process of its own, one epoch of so many steps
 ResNet50 from random weights: this notebook's one_pass; smp's own example of a Lightning module;
 torchgeo's SemanticSegmentationTask; geoai's train_segmentation_model. Each in fp32, ours in its own
 precision as well; each with its defaults otherwise. Images a second are counted from the first
-training step to the last, in the model itself, so that start and end do not matter. With a model of this
+training step to the last, in the model itself, so that start and end do not matter. smp's example runs
+with Lightning's bf16-mixed as well, which is the fair rival of our own precision. With a model of this
 notebook and a scene, section 13 (one view, files included) stands beside geoai's semantic_segmentation
 with the same weights and windows; ours in fp32, as that is, and in its own precision.
 """
@@ -34,7 +35,7 @@ from torch.utils.data import DataLoader, Dataset, Subset
 sys.path.insert(0, str(Path(__file__).parents[1]))
 import nbtools
 
-TRAINERS = ("ours fp32", "ours", "smp", "torchgeo", "geoai")
+TRAINERS = ("ours fp32", "ours", "smp", "smp bf16", "torchgeo", "geoai")
 ENCODER = "resnet50"
 
 
@@ -109,7 +110,7 @@ def train_ours(folder: Path, batch: int, precision: str) -> None:
         )
 
 
-def train_smp(folder: Path, batch: int) -> None:
+def train_smp(folder: Path, batch: int, precision: str = "32-true") -> None:
     """One epoch in the way of smp's example of binary segmentation."""
     import lightning
 
@@ -133,6 +134,7 @@ def train_smp(folder: Path, batch: int) -> None:
     workers = os.cpu_count()
     loader = DataLoader(Tiles(folder), batch, shuffle=True, num_workers=workers, drop_last=True)
     options = {"logger": False, "enable_checkpointing": False, "enable_progress_bar": False}
+    options["precision"] = precision
     lightning.Trainer(max_epochs=1, log_every_n_steps=1, **options).fit(Module(), loader)
 
 
@@ -215,6 +217,8 @@ def one(what: str, folder: Path, words: argparse.Namespace) -> None:
     else:
         if what.startswith("ours"):
             train_ours(folder, words.batch, precision)
+        elif what == "smp bf16":
+            train_smp(folder, words.batch, "bf16-mixed")
         else:
             {"smp": train_smp, "torchgeo": train_torchgeo, "geoai": train_geoai}[what](
                 folder, words.batch
