@@ -296,6 +296,16 @@ def test_fp16_finds_its_scale_by_itself(start, capsys):
     assert 1 <= run.scaler.get_scale() < 2.0**40
 
 
+def test_fp16_raises_its_scale_while_all_goes_well_and_a_resumed_run_has_it(nb, start, capsys):
+    run, go = start(epochs=3, batch_size=2, precision="fp16")
+    run.scaler = torch.amp.GradScaler("cpu", init_scale=4.0, growth_interval=2)
+    go()  # three steps an epoch
+    assert "skipped" not in capsys.readouterr().out
+    assert run.scaler.get_scale() == 4.0 * 2 ** (9 // 2)
+    again, _ = start(epochs=4, batch_size=2, precision="fp16")
+    assert nb.resume_run(again) and again.scaler.state_dict() == run.scaler.state_dict()
+
+
 def test_a_validation_loss_that_is_no_number_is_never_the_best(nb):
     losses = enumerate([float("nan"), 0.5, float("nan"), 0.4], 1)
     rows = [{"epoch": epoch, "val_loss": loss} for epoch, loss in losses]

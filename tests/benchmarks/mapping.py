@@ -1,6 +1,6 @@
 """How fast section 13 maps, beside its model alone, and what memory it takes; prints figures.
 
-usage: python tests/benchmarks/mapping.py [--model best.pt --scene scene.tif [--tta] [--rounds 2]]
+usage: python tests/benchmarks/mapping.py [--model best.pt --scene scene.tif [--tta True] [--rounds 2]]
            [--sides 4096 16384 30000]
 
 Speed: megapixels a second of the whole section (mask, outlines, files) for a scene, and of the model
@@ -43,7 +43,7 @@ class Bright(torch.nn.Module):
         return torch.cat([-light, light, 20 * (pool(light) + pool(-light) - 1)], 1)
 
 
-def speed(model: Path, scene: Path, tta: bool) -> dict:
+def speed(model: Path, scene: Path, tta: bool | str) -> dict:
     """Megapixels a second of the section and of the model alone."""
     nb, device = nbtools.load(), torch.device("cuda" if torch.cuda.is_available() else "cpu")
     with tempfile.TemporaryDirectory() as folder:
@@ -111,7 +111,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--model", type=Path)
     parser.add_argument("--scene", type=Path)
-    parser.add_argument("--tta", action="store_true")
+    parser.add_argument("--tta", choices=["False", "True", "all"], default="False")
     parser.add_argument("--rounds", type=int, default=2)
     parser.add_argument("--sides", type=int, nargs="*", default=[4096, 16384, 30000])
     parser.add_argument("--one", type=int, help=argparse.SUPPRESS)
@@ -121,7 +121,8 @@ def main() -> None:
         return
     rows = []
     for _ in range(options.rounds if options.model else 0):
-        rows.append(speed(options.model, options.scene, options.tta))
+        tta = {"False": False, "True": True}.get(options.tta, options.tta)
+        rows.append(speed(options.model, options.scene, tta))
     if rows:
         print(pd.DataFrame(rows).to_string(index=False, float_format="%.3f"), flush=True)
     rows = []
