@@ -30,7 +30,7 @@ BAD = {
     "encoder that cannot be dilated": {"encoder_name": "densenet121"},
     "side not divisible by 16": {"image_size": 250},
     "views that the model cannot see": {
-        "tta": "all",
+        "tta": True,
         "architecture": "PAN",
         "encoder_name": "mobilenet_v2",
         "image_size": 128,

@@ -111,7 +111,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--model", type=Path)
     parser.add_argument("--scene", type=Path)
-    parser.add_argument("--tta", choices=["False", "True", "all"], default="False")
+    parser.add_argument("--tta", choices=["False", "True", "few"], default="False")
     parser.add_argument("--rounds", type=int, default=2)
     parser.add_argument("--sides", type=int, nargs="*", default=[4096, 16384, 30000])
     parser.add_argument("--one", type=int, help=argparse.SUPPRESS)
