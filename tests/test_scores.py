@@ -564,6 +564,18 @@ def chosen(nb, start):
     return make
 
 
+@pytest.mark.parametrize(
+    ("wanted", "judged", "used"),
+    [(True, "few", "few"), ("few", True, "few"), (True, False, False), (False, True, False)],
+)
+def test_a_model_is_used_with_no_more_views_than_it_was_judged_with(
+    nb, predictor, wanted, judged, used
+):
+    start = predictor(Lopsided())
+    start = replace(start, config=replace(start.config, tta=wanted))
+    assert nb.apply_threshold_and_tta(start, {"tta": judged}, []).tta == used
+
+
 def test_what_is_chosen_is_written_into_the_models_file(nb, chosen, capsys):
     choice, run, split, session = chosen(tta=True)
     said = capsys.readouterr().out

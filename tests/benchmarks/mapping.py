@@ -29,6 +29,7 @@ from rasterio.windows import Window
 sys.path.insert(0, str(Path(__file__).parents[1]))
 import nbtools
 
+VIEWS = {"False": False, "few": "few", "True": True}  # values of tta
 FACTS = {"scales": {}, "ground_resolution": None}
 GRID = {"driver": "GTiff", "count": 3, "dtype": "uint8", "crs": "EPSG:32633"}
 GRID |= {"transform": rasterio.Affine(0.3, 0, 500_000, 0, -0.3, 6_400_000)}
@@ -111,7 +112,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--model", type=Path)
     parser.add_argument("--scene", type=Path)
-    parser.add_argument("--tta", choices=["False", "True", "few"], default="False")
+    parser.add_argument("--tta", choices=VIEWS, default="False")
     parser.add_argument("--rounds", type=int, default=2)
     parser.add_argument("--sides", type=int, nargs="*", default=[4096, 16384, 30000])
     parser.add_argument("--one", type=int, help=argparse.SUPPRESS)
@@ -121,8 +122,7 @@ def main() -> None:
         return
     rows = []
     for _ in range(options.rounds if options.model else 0):
-        tta = {"False": False, "True": True}.get(options.tta, options.tta)
-        rows.append(speed(options.model, options.scene, tta))
+        rows.append(speed(options.model, options.scene, VIEWS[options.tta]))
     if rows:
         print(pd.DataFrame(rows).to_string(index=False, float_format="%.3f"), flush=True)
     rows = []
