@@ -1,10 +1,11 @@
 """How fast section 13 maps, beside its model alone, and what memory it takes; prints figures.
 
-usage: python tests/benchmarks/mapping.py [--model best.pt --scene scene.tif [--tta True] [--rounds 2]]
-           [--sides 4096 16384 30000]
+usage: python tests/benchmarks/mapping.py [--model best.pt --scene scene.tif [--tta True] [--rounds 2]
+           [--side 10000]] [--sides 4096 16384 30000]
 
 Speed: megapixels a second of the whole section (mask, outlines, files) for a scene, and of the model
-alone on as many windows, resident, in the same batches; and their ratio. Memory: scenes of the sample's
+alone on as many windows, resident, in the same batches; and their ratio. With --side the scene is
+repeated, or cut, to a square of so many pixels. Memory: scenes of the sample's
 roofs are mapped, each in a process of its own, by a model that does next to nothing; peak memory above
 what the process held before.
 """
@@ -42,6 +43,17 @@ class Bright(torch.nn.Module):
         light = 5 * images[:, :1]
         pool = partial(torch.nn.functional.max_pool2d, kernel_size=5, stride=1, padding=2)
         return torch.cat([-light, light, 20 * (pool(light) + pool(-light) - 1)], 1)
+
+
+def repeat_scene(scene: Path, path: Path, side: int) -> None:
+    """Write a scene of three bands again and again, as a square of a side."""
+    with rasterio.open(scene) as file:
+        pixels, grid = file.read([1, 2, 3]), {"crs": file.crs, "transform": file.transform}
+    _, height, width = pixels.shape
+    pixels = np.tile(pixels, (1, -(-side // height), -(-side // width)))[:, :side, :side]
+    grid |= {"driver": "GTiff", "count": 3, "dtype": pixels.dtype, "tiled": True}
+    with rasterio.open(path, "w", width=side, height=side, **grid) as file:
+        file.write(pixels)
 
 
 def speed(model: Path, scene: Path, tta: bool | str) -> dict:
@@ -114,6 +126,7 @@ def main() -> None:
     parser.add_argument("--scene", type=Path)
     parser.add_argument("--tta", choices=VIEWS, default="False")
     parser.add_argument("--rounds", type=int, default=2)
+    parser.add_argument("--side", type=int)
     parser.add_argument("--sides", type=int, nargs="*", default=[4096, 16384, 30000])
     parser.add_argument("--one", type=int, help=argparse.SUPPRESS)
     options = parser.parse_args()
@@ -121,15 +134,19 @@ def main() -> None:
         print(json.dumps(memory(options.one)))
         return
     rows = []
-    for _ in range(options.rounds if options.model else 0):
-        rows.append(speed(options.model, options.scene, VIEWS[options.tta]))
+    with tempfile.TemporaryDirectory() as folder:
+        scene = options.scene
+        if options.side:
+            scene = Path(folder, "scene.tif")
+            repeat_scene(options.scene, scene, options.side)
+        for _ in range(options.rounds if options.model else 0):
+            rows.append(speed(options.model, scene, VIEWS[options.tta]))
     if rows:
         print(pd.DataFrame(rows).to_string(index=False, float_format="%.3f"), flush=True)
-    rows = []
     for side in options.sides:
         own = [sys.executable, __file__, "--one", str(side)]
-        rows.append(json.loads(subprocess.check_output(own).splitlines()[-1]))
-        print(pd.DataFrame(rows[-1:]).to_string(index=False, float_format="%.2f"), flush=True)
+        row = json.loads(subprocess.check_output(own).splitlines()[-1])
+        print(pd.DataFrame([row]).to_string(index=False, float_format="%.2f"), flush=True)
 
 
 if __name__ == "__main__":

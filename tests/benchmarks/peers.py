@@ -1,7 +1,7 @@
 """How fast others train the same model on the same tiles, and map the same scene; prints figures.
 
 usage: python tests/benchmarks/peers.py path/to/tiles [--steps 12] [--batch 8]
-           [--model best.pt --scene scene.tif]
+           [--model best.pt --scene scene.tif [--side 5000]]
 
 Needs an environment of its own: requirements.txt, tests/requirements.txt, and torchgeo, lightning
 and geoai-py. Each loop runs in a process of its own, one epoch of so many steps of DeepLabV3Plus with
@@ -11,7 +11,9 @@ precision as well; each with its defaults otherwise. Images a second are counted
 training step to the last, in the model itself, so that start and end do not matter. smp's example runs
 with Lightning's bf16-mixed as well, which is the fair rival of our own precision. With a model of this
 notebook and a scene, section 13 (one view, files included) stands beside geoai's semantic_segmentation
-with the same weights and windows; ours in fp32, as that is, and in its own precision.
+with the same weights and windows; ours in fp32, as that is, and in its own precision. With --side the
+scene is repeated, or cut, to a square of so many pixels. The model must be one without outlines
+(outline_weight=0), as geoai cannot load others.
 """
 
 import argparse
@@ -30,6 +32,7 @@ import numpy as np
 import rasterio
 import segmentation_models_pytorch as smp
 import torch
+from mapping import repeat_scene
 from torch.utils.data import DataLoader, Dataset, Subset
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
@@ -236,6 +239,7 @@ def main() -> None:
     parser.add_argument("--batch", type=int, default=8)
     parser.add_argument("--model")
     parser.add_argument("--scene")
+    parser.add_argument("--side", type=int)
     parser.add_argument("--one", help=argparse.SUPPRESS)
     parser.add_argument("--only", nargs="*")
     words = parser.parse_args()
@@ -248,6 +252,10 @@ def main() -> None:
         with tempfile.TemporaryDirectory() as scratch:
             with redirect_stdout(io.StringIO()):
                 write_tiles(words.root, Path(scratch), words.steps * words.batch + 2)
+            scene = words.scene
+            if words.side:
+                scene = str(Path(scratch, "scene.tif"))
+                repeat_scene(Path(words.scene), Path(scene), words.side)
             command = [
                 sys.executable,
                 __file__,
@@ -258,7 +266,7 @@ def main() -> None:
                 str(words.batch),
             ]
             if words.model:
-                command += ["--model", words.model, "--scene", words.scene]
+                command += ["--model", words.model, "--scene", scene]
             done = subprocess.run(command, capture_output=True, text=True)
         lines = [line for line in done.stdout.splitlines() if line.startswith("RESULT")]
         print(*(lines or [what, "failed", done.stderr[-1500:]]), flush=True)
