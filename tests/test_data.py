@@ -42,7 +42,9 @@ def test_images_of_many_kinds_become_rgb(nb, tmp_path, mode, suffix):
     pixels[:3] = 255
     Image.fromarray(pixels).convert(mode).save(tmp_path / f"a{suffix}")
     read, seen = read_image(nb, tmp_path / f"a{suffix}")
-    assert read.dtype == np.uint8 and np.array_equal(read, pixels) and seen.all()
+    assert read.dtype == np.uint8 and seen.all()
+    # in a palette of 16 bits, Pillow before 11 writes 255 as 65,280
+    np.testing.assert_allclose(read, pixels, atol=1 if (mode, suffix) == ("P", ".tif") else 0)
 
 
 @pytest.mark.parametrize("suffix", [".png", ".jpg", ".tif", ".webp", ".bmp"])
