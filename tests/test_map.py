@@ -114,6 +114,143 @@ def test_a_map_that_was_cut_off_goes_on_and_is_the_same(
     assert [path.name for path in folder.iterdir()] == ["a_mask.tif"]
 
 
+@pytest.fixture
+def cut_off(nb, monkeypatch):
+    """A function that maps a scene until a row of windows is reached, where it is stopped."""
+
+    def stop(row, *words):
+        calls, predict = [], nb.Predictor.predict
+
+        def counted(*words, **named):
+            calls.append(1)
+            if len(calls) > row:
+                raise KeyboardInterrupt
+            return predict(*words, **named)
+
+        with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+            patch.setattr(nb.Predictor, "predict", counted)
+            nb.map_scene(*words)
+
+    return stop
+
+
+@pytest.fixture
+def scene(nb, tmp_path, settings, predictor):
+    """A scene of seven rows of windows, and its whole mask, which is taken away again."""
+    save(tmp_path / "a.png", town(333, 150)[0])
+    mask = nb.map_scene(tmp_path / "a.png", predictor(), PLAIN)
+    bands, _ = read(mask)
+    mask.unlink()
+    return tmp_path / "a.png", bands
+
+
+def test_a_map_begun_with_other_settings_in_between_has_no_hole(nb, scene, predictor, cut_off):
+    path, whole = scene
+    cut_off(4, path, predictor(), PLAIN)
+    cut_off(0, path, predictor(threshold=0.7), PLAIN)
+    again, _ = read(nb.map_scene(path, predictor(), PLAIN))
+    assert np.array_equal(whole, again)
+
+
+@pytest.mark.parametrize("broken", ["a_probability.tif", "a_mask.draft.tif", "a_mask.part"])
+def test_what_a_full_disk_left_broken_is_replaced(
+    nb, scene, settings, predictor, cut_off, capsys, broken
+):
+    path, whole = scene
+    cut_off(4, path, predictor(), PLAIN)
+    file = Path(settings["save_dir"], "scenes", broken)
+    content = file.read_bytes() if file.exists() else b"II*\0" + bytes(range(200))
+    file.write_bytes(content[: len(content) // 2])
+    again, _ = read(nb.map_scene(path, predictor(), PLAIN))
+    assert np.array_equal(whole, again)
+    assert ("it is begun anew" in capsys.readouterr().out) == (broken == "a_probability.tif")
+    assert [path.name for path in file.parent.iterdir()] == ["a_mask.tif"]
+
+
+@pytest.mark.parametrize("full_at", ["row", "copy"])
+def test_a_full_disk_is_named_and_spoils_nothing(
+    nb, scene, settings, predictor, monkeypatch, full_at
+):
+    path, whole = scene
+    mask = nb.map_scene(path, predictor(threshold=0.7), PLAIN)
+    older, calls = mask.read_bytes(), []
+    copy, write = rasterio.shutil.copy, nb.write_draft_rows
+
+    def cut_short(source, target, **options):
+        """As GDAL does at times, without an error."""
+        copy(source, target, **options)
+        content = Path(target).read_bytes()
+        Path(target).write_bytes(content[: 2 * len(content) // 3])
+
+    def without_room(file, top, lines):
+        calls.append(1)
+        if len(calls) == 4:
+            with nb.checked_raster(file):
+                write(file, top, lines)
+                content = file.read_bytes()
+                file.write_bytes(content[: len(content) // 2])
+        write(file, top, lines)
+
+    with monkeypatch.context() as patch, pytest.raises(nb.CannotWrite, match="MB left: make room"):
+        if full_at == "copy":
+            patch.setattr(rasterio.shutil, "copy", cut_short)
+        else:
+            patch.setattr(nb, "write_draft_rows", without_room)
+        nb.map_scene(path, predictor(), PLAIN)
+    assert mask.read_bytes() == older
+    again, _ = read(nb.map_scene(path, predictor(), PLAIN))
+    assert np.array_equal(whole, again)
+
+
+@pytest.mark.parametrize("kind", ["soft edge", "infrared"])
+def test_all_blocks_of_a_scene_agree_what_its_alpha_band_is(
+    nb, tmp_path, settings, predictor, capsys, kind
+):
+    """A transparent collar whose edge is smooth hides; infrared that is called alpha does not."""
+    image, roofs = town(700, 600)
+    y, x = np.mgrid[:700, :600]
+    alpha = np.clip(128 + 40 * (x - 0.2 * y - 100), 0, 255)
+    if kind == "infrared":
+        alpha = np.where(y < 520, 0, np.random.default_rng(0).integers(0, 255, (700, 600)))
+    bands = [*np.moveaxis(np.where(roofs[..., None], image, 20), 2, 0), alpha.astype(np.uint8)]
+    options = {"photometric": "RGB", "alpha": "YES", "tiled": True}
+    save_tiff(tmp_path / "a.tif", np.array(bands), **options, **UTM)
+    (found, _), _ = read(nb.map_scene(tmp_path / "a.tif", predictor(), PLAIN))
+    hidden = (alpha.astype(np.uint8) == 0) & (kind == "soft edge")
+    assert np.array_equal(found == 255, hidden)
+    assert np.array_equal(found == 1, roofs & ~hidden)
+    said = "alpha = 0 is no data" if kind == "soft edge" else "no transparency, not read"
+    assert said in capsys.readouterr().out
+
+
+class Fixed(torch.nn.Module):
+    """A model that gives all pixels the same probabilities."""
+
+    def __init__(self, probabilities):
+        super().__init__()
+        self.logits = torch.tensor(probabilities).log()[:, None, None]
+
+    def forward(self, images):
+        return self.logits.expand(len(images), -1, *images.shape[2:])
+
+
+@pytest.mark.parametrize(
+    ("probabilities", "is_roof"), [([0.4, 0.35, 0.25], 0), ([0.3, 0.4, 0.3], 1), ([0.1, 0, 0.9], 1)]
+)
+def test_of_several_classes_the_likeliest_wins_as_in_the_score(
+    nb, tmp_path, settings, probabilities, is_roof
+):
+    classes = {"class_names": ["ground", "flat", "pitched"], "class_values": [0, 1, 2]}
+    config = nb.make_config(**settings | classes | {"num_classes": 3, "batch_size": 8})
+    options = {"tta": False, "threshold": None}
+    predictor = nb.Predictor([Fixed(probabilities)], config, CPU, "fp32", **options)
+    image = town(90, 70)[0]
+    save(tmp_path / "a.png", image)
+    (found, _), _ = read(nb.map_scene(tmp_path / "a.png", predictor, PLAIN))
+    scored = predictor.predict(image, cut=True).argmax(0) > 0
+    assert (found == is_roof).all() and (scored == is_roof).all()
+
+
 def test_the_next_row_is_read_while_the_model_works(nb, tmp_path, predictor, monkeypatch):
     """One row ahead and no further; nothing is read any more after an interrupt."""
     save(tmp_path / "a.png", np.random.default_rng(0).integers(0, 255, (333, 150, 3), np.uint8))
@@ -222,7 +359,9 @@ def test_the_resolution_of_the_training_comes_from_the_tiles(nb, settings):
     assert resized == pytest.approx(0.3 * 100 / 64, rel=0.005)  # as the model sees it
     assert nb.trained_resolution([], config["tile"]) is None
     known = nb.replace(config["tile"], ground_resolution=0.5)
-    assert nb.trained_resolution(tiles["tile"], known) == 0.5
+    assert nb.trained_resolution(tiles["tile"], known) == 0.5  # of a tile, as it is
+    known = nb.replace(config["resize"], ground_resolution=0.5)
+    assert nb.trained_resolution(tiles["resize"], known) == pytest.approx(0.5 * 100 / 64)
 
 
 def test_other_pixels_are_scaled_as_in_training_or_refused(nb, tmp_path, predictor):
