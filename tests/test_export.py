@@ -214,3 +214,30 @@ def test_action_cell(nb, alone, content, settings, write_pair, capsys, monkeypat
         nb.export_model(*choose(nb, wrong, []))  # no tiles: noise
     assert file.read_bytes() == b"older"
     assert [path.name for path in file.parent.glob("*onnx*")] == ["rooftop.onnx"]
+
+
+@pytest.mark.parametrize(("setting", "written"), [("auto", 0.6), (0.45, 0.45)])
+def test_the_best_model_alone_is_exported_with_its_own_threshold(
+    nb: ModuleType,
+    alone: object,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    setting: str | float,
+    written: float,
+) -> None:
+    """Not with that of the ensemble, unless it is set."""
+    asked, build = [], nb.build_onnx
+
+    def spy(one: object, resolution: float | None) -> bytes:
+        asked.append(one.threshold)
+        return build(one, resolution)
+
+    monkeypatch.setattr(nb, "build_onnx", spy)
+    other = make_predictor(nb, ["background", "rooftop"], THRESHOLD).models
+    changes = {"ensemble": ["other.pt"], "threshold": setting, "save_dir": str(tmp_path)}
+    config = replace(alone.config, **changes)
+    threshold = THRESHOLD if setting == "auto" else setting
+    both = replace(alone, models=alone.models + other, config=config, threshold=threshold)
+    choice, session = choose(nb, both, [])
+    nb.export_model(replace(choice, checkpoint={"threshold": 0.6}), session)
+    assert asked == [written] and (tmp_path / "rooftop.onnx").exists()

@@ -343,7 +343,7 @@ def test_a_scene_of_another_resolution_is_read_at_that_of_the_training(
     assert file["grid"] == UTM["transform"]
 
 
-def test_the_resolution_of_the_training_comes_from_the_tiles(nb, settings):
+def test_the_resolution_of_the_training_comes_from_the_tiles(nb, settings, capsys):
     for n in range(4):
         grid = UTM | {"transform": from_origin(500_000 + 1000 * n, 6_400_000, 0.3, 0.3)}
         image, roofs = town(100, 100, n)
@@ -358,6 +358,14 @@ def test_the_resolution_of_the_training_comes_from_the_tiles(nb, settings):
     resized = nb.trained_resolution(tiles["resize"], config["resize"])
     assert resized == pytest.approx(0.3 * 100 / 64, rel=0.005)  # as the model sees it
     assert nb.trained_resolution([], config["tile"]) is None
+    nb.warn_of_resized_tiles(tiles["resize"], config["resize"])
+    assert "NOTE" not in capsys.readouterr().out  # scenes will be resized alike
+    for tile in tiles["resize"]:
+        tile.place = None
+    for mode in ("tile", "resize"):
+        nb.warn_of_resized_tiles(tiles[mode], config[mode])
+        said = capsys.readouterr().out
+        assert ("tiles are resized by 0.64 for the model" in said) == (mode == "resize")
     known = nb.replace(config["tile"], ground_resolution=0.5)
     assert nb.trained_resolution(tiles["tile"], known) == 0.5  # of a tile, as it is
     known = nb.replace(config["resize"], ground_resolution=0.5)

@@ -44,11 +44,14 @@ def test_a_run_from_before_weights_were_averaged_goes_on_from_what_it_had(nb, st
 def test_a_changed_setting_starts_a_new_run_and_is_named(start, settings, capsys):
     start()[1]()
     old = (Path(settings["save_dir"]) / "rooftop_best_model_iou.pt").read_bytes()
+    (Path(settings["save_dir"]) / "rooftop.onnx").write_bytes(b"of the old model")
     run, go = start(learning_rate=2e-3)
     go()
     assert "learning_rate: 0.001 is now 0.002" in capsys.readouterr().out
     (kept,) = (Path(settings["save_dir"]) / "archive").glob("*/rooftop_best_model_iou.pt")
     assert kept.read_bytes() == old
+    assert kept.with_name("rooftop.onnx").exists()
+    assert not (Path(settings["save_dir"]) / "rooftop.onnx").exists()
 
 
 @pytest.mark.parametrize(
@@ -342,7 +345,10 @@ def test_runs_are_compared_by_what_changed(nb, start, settings):
         run, go = start(epochs=1, learning_rate=rate)
         go()
         score = {"roof_iou": rate * 100, "intervals": {"roof_iou": [0.0, 1.0]}}
-        metrics = {"checkpoint": nb.LAST_FILE} | score
+        name = nb.LAST_FILE  # of a saved model it is a whole path
+        if rate == 2e-3:
+            name = str((Path(settings["save_dir"]) / name).resolve())
+        metrics = {"checkpoint": name} | score
         (Path(settings["save_dir"]) / "metrics.json").write_text(json.dumps(metrics))
         time.sleep(0.05)
     table = nb.compare_with_earlier_runs(Path(settings["save_dir"]))
