@@ -393,6 +393,27 @@ def test_a_scene_that_cannot_be_read_is_named(nb, tmp_path, predictor, how):
         nb.map_scene(path, predictor(), PLAIN)
 
 
+@pytest.mark.parametrize(
+    ("crs", "step", "latitude", "said"),
+    [
+        ("EPSG:4326", 3e-6, 60, "pixels are not square, 0.50 times as wide as high"),
+        ("EPSG:4326", 3e-6, 10, None),
+        ("EPSG:32633", 0.3, 6_400_000, None),
+        (None, 0.3, 6_400_000, None),
+    ],
+)
+def test_pixels_that_are_not_square_on_the_ground_are_named(
+    nb, tmp_path, predictor, capsys, crs, step, latitude, said
+):
+    image, roofs = town(90, 80)
+    grid = {"crs": crs, "transform": from_origin(15, latitude, step, step)}
+    save_tiff(tmp_path / "a.tif", np.moveaxis(image, 2, 0), **grid)
+    (found, _), _ = read(nb.map_scene(tmp_path / "a.tif", predictor(), PLAIN))
+    out = capsys.readouterr().out
+    assert np.array_equal(found, roofs)
+    assert said in out if said else "square" not in out
+
+
 def test_a_south_up_scene_keeps_its_grid(nb, tmp_path, predictor):
     image, roofs = town(120, 150)
     grid = rasterio.Affine(0.3, 0, 500_000, 0, 0.3, 6_400_000)
