@@ -107,6 +107,16 @@ def test_every_fault_is_found_and_good_pairs_go_on(nb, settings):
     assert before == {path: path.read_bytes() for path in root.rglob("*.*") if path.is_file()}
 
 
+def test_the_table_of_findings_counts_files(nb):
+    """A raster that was cut into tiles may have a finding in each of them."""
+    rows = [("d/a.tif", "blank image", "all 0", "left out")] * 3
+    rows += [("e/a.tif", "blank image", "all 9", "left out")]
+    table = nb.summarise_findings(
+        nb.pd.DataFrame(rows, columns=["file", "kind", "detail", "action"])
+    )
+    assert table.loc[("blank image", "left out")].tolist() == [2, "a.tif", "all 0"]
+
+
 def test_of_identical_images_the_first_is_used(nb, settings, write_pair):
     for i in range(12):
         write_pair(f"s{i}_1")

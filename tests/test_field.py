@@ -291,6 +291,19 @@ def test_a_mosaic_of_local_files_is_a_scene(nb, tmp_path, mapper):
     assert not (read(again.masks[tmp_path / "scenes/mosaic.vrt"])[0][0] == 1).any()
 
 
+@pytest.mark.parametrize(("side", "refused"), [(40_000, False), (70_000, True)])
+def test_a_mosaic_may_be_as_large_as_a_geotiff(nb, tmp_path, side, refused):
+    """Its sheets are read block by block, while a PNG of 40,000² is decoded as a whole."""
+    save_tiff(tmp_path / "sheets/a.tif", town(50, 60)[0].transpose(2, 0, 1), **place(0))
+    mosaic(tmp_path / "scenes", "../sheets/a.tif")
+    path = tmp_path / "scenes/mosaic.vrt"
+    size = f'rasterXSize="{side}" rasterYSize="{side}"'
+    path.write_text(path.read_text().replace('rasterXSize="60" rasterYSize="50"', size))
+    with nb.open_raster(path) as scene:
+        kinds = [fault.kind for fault in nb.check_raster_file(scene, label=False)]
+    assert ("too large" in kinds) == refused
+
+
 @pytest.mark.parametrize(
     "source", ["/vsicurl/http://localhost:9/a.tif", "http://localhost:9/a.tif", "a.txt", "b.vrt"]
 )

@@ -370,9 +370,13 @@ def test_the_resolution_of_the_training_comes_from_the_tiles(nb, settings, capsy
         said = capsys.readouterr().out
         assert ("tiles are resized by 0.64 for the model" in said) == (mode == "resize")
     known = nb.replace(config["tile"], ground_resolution=0.5)
-    assert nb.trained_resolution(tiles["tile"], known) == 0.5  # of a tile, as it is
-    known = nb.replace(config["resize"], ground_resolution=0.5)
+    assert nb.trained_resolution(tiles["tile"], known) == pytest.approx(0.3, rel=0.005)
+    known = nb.replace(config["resize"], ground_resolution=0.5)  # these tiles do not say
     assert nb.trained_resolution(tiles["resize"], known) == pytest.approx(0.5 * 100 / 64)
+    tiles["tile"][0].place = None
+    tiles["tile"][0].measured = False
+    known = nb.replace(config["tile"], ground_resolution=0.5)
+    assert nb.trained_resolution(tiles["tile"][:1], known) == 0.5  # of a tile, as it is
 
 
 def test_other_pixels_are_scaled_as_in_training_or_refused(nb, tmp_path, predictor):

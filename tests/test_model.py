@@ -503,7 +503,7 @@ def test_a_placed_model_is_the_same_model(nb, settings):
 def test_memory_estimate_grows_with_the_batch(nb, settings):
     batches = {n: nb.make_config(**settings | {"batch_size": n}) for n in (4, 16)}
     tables = [nb.time_training_steps(config, CPU, ["fp32"]) for config in batches.values()]
-    small, large = (2**30 * table.loc["fp32", "GiB a batch"] for table in tables)
+    small, large = (2**30 * table.loc["fp32", "GiB per batch"] for table in tables)
     model = nb.build_model(batches[4])
     weights = nb.BYTES_PER_WEIGHT * sum(p.numel() for p in model.parameters())
     assert large - weights == pytest.approx(4 * (small - weights)) and small > weights
@@ -537,8 +537,8 @@ def test_memory_estimate_is_near_what_a_step_takes(nb, settings, precision):
     costs = nb.time_training_steps(config, CPU, [precision]).loc[precision]
     beside = nb.BYTES_PER_WEIGHT - 2 * (precision == "bf16")  # bytes a weight beside its copy
     weights = sum(p.numel() for p in model.parameters())
-    estimate = 2**30 * costs["GiB a batch"] - beside * weights
-    assert logits.requires_grad and 0.8 < estimate / held < 1.25 and costs["seconds a window"] > 0
+    estimate = 2**30 * costs["GiB per batch"] - beside * weights
+    assert logits.requires_grad and 0.8 < estimate / held < 1.25 and costs["seconds per window"] > 0
 
 
 @pytest.mark.parametrize("batch", [4, 8])

@@ -43,7 +43,7 @@ def make_model(nb, small, tmp_path):
 
 
 def write_raster(path, values):
-    """Pixels (3, S, S) of 16 bits as a GeoTIFF in UTM, 0.3 m a pixel."""
+    """Pixels (3, S, S) of 16 bits as a GeoTIFF in UTM, 0.3 m per pixel."""
     path.parent.mkdir(parents=True, exist_ok=True)
     grid = rasterio.Affine(0.3, 0, 500_000, 0, -0.3, 6_400_000)
     size = {"width": values.shape[2], "height": values.shape[1], "count": 3, "dtype": "uint16"}

@@ -564,6 +564,32 @@ def chosen(nb, start):
     return make
 
 
+def test_a_wall_depth_is_chosen_anew_and_written_for_the_best_model_alone(
+    nb, chosen, monkeypatch, tmp_path
+):
+    choice, run, split, session = chosen()
+    (file,) = choice.files
+    began_with, best = [], {"depth": 0.15}
+
+    def tried(predictor, parts):
+        began_with.append(predictor.wall_depth)
+        return nb.pd.Series(abs(nb.np.array(nb.TRIED_DEPTHS) - best["depth"]), nb.TRIED_DEPTHS) * -1
+
+    monkeypatch.setattr(nb, "try_wall_depths", tried)
+    for _ in range(2):  # the cell is run again
+        again = nb.choose_on_validation(run, split, session)
+        assert again.predictor.wall_depth == nb.load_checkpoint(file)["wall_depth"] == 0.15
+    assert began_with == [nb.WALL_DEPTH] * 2  # what the file says by now does not count
+    other = tmp_path / "other.pt"
+    other.write_bytes(file.read_bytes())
+    run.config = replace(run.config, ensemble=[str(other)])
+    best["depth"] = 0.4
+    words = replace(split, config=run.config), replace(session, config=run.config)
+    together = nb.choose_on_validation(run, *words)
+    assert together.predictor.wall_depth == 0.4 and len(together.predictor.models) == 2
+    assert nb.load_checkpoint(file)["wall_depth"] == 0.15
+
+
 @pytest.mark.parametrize(
     ("wanted", "judged", "used"),
     [(True, "few", "few"), ("few", True, "few"), (True, False, False), (False, True, False)],

@@ -38,7 +38,7 @@ def main() -> None:
         tiles = tiles[:: max(1, len(tiles) // number)][:number]
         with nb.keep_freed_memory(device):
             costs = nb.time_training_steps(config, device, [precision])
-        expected = costs.loc[precision, "seconds a window"] * nb.windows_per_epoch(tiles, config)
+        expected = costs.loc[precision, "seconds per window"] * nb.windows_per_epoch(tiles, config)
         split, _ = nb.split_tiles(tiles, config)
         history = nb.fit_with_recovery(
             nb.Run(config, device, precision, {"split": {}, "files": ""}), split

@@ -3,7 +3,7 @@
 usage: python tests/benchmarks/mapping.py [--model best.pt --scene scene.tif [--tta True] [--rounds 2]
            [--side 10000]] [--sides 4096 16384 30000]
 
-Speed: megapixels a second of the whole section (mask, outlines, files) for a scene, and of the model
+Speed: megapixels per second of the whole section (mask, outlines, files) for a scene, and of the model
 alone on as many windows, resident, in the same batches; and their ratio. With --side the scene is
 repeated, or cut, to a square of so many pixels. Memory: scenes of the sample's
 roofs are mapped, each in a process of its own, by a model that does next to nothing; peak memory above
@@ -57,7 +57,7 @@ def repeat_scene(scene: Path, path: Path, side: int) -> None:
 
 
 def speed(model: Path, scene: Path, tta: bool | str) -> dict:
-    """Megapixels a second of the section and of the model alone."""
+    """Megapixels per second of the section and of the model alone."""
     nb, device = nbtools.load(), torch.device("cuda" if torch.cuda.is_available() else "cpu")
     with tempfile.TemporaryDirectory() as folder:
         settings = nbtools.settings() | {"model": str(model), "save_dir": folder}

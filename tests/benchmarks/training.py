@@ -126,7 +126,7 @@ def measure(nb, words, config, tiles, device):
     """Time the rounds on some tiles, and print."""
     precision = nb.choose_precision("auto", device)
     table = nb.time_training_steps(config, device, [precision])
-    a_window = table.loc[precision, "seconds a window"]
+    a_window = table.loc[precision, "seconds per window"]
     train = nb.RooftopDataset(tiles, config, train=True)
     judged = nb.RooftopDataset(tiles[: max(2, len(tiles) // 18)], config)
     loader, held_out = nb.make_loader(train, device), nb.make_loader(judged, device)
