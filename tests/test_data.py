@@ -117,6 +117,22 @@ def test_the_table_of_findings_counts_files(nb):
     assert table.loc[("blank image", "left out")].tolist() == [2, "a.tif", "all 0"]
 
 
+def test_files_in_the_cache_that_are_not_the_notebooks_stay(nb, settings, write_pair):
+    for i in range(4):
+        write_pair(f"s{i}_1", seed=i)
+    cache = Path(settings["save_dir"], "cache")
+    cache.mkdir(parents=True)
+    others = {cache / "features.npy", cache / "features.part", cache.parent / "rooftop_old.part"}
+    old = {cache / f"{'a0' * 16}.npy", cache / f"{'b1' * 16}.npy.part"}
+    for path in others | old:
+        path.write_text("here")
+    tiles = nb.verify_dataset(nb.make_config(**settings)).tiles
+    assert set(cache.iterdir()) == {tile.pixels for tile in tiles} | others - {
+        cache.parent / "rooftop_old.part"
+    }
+    assert all(path.read_text() == "here" for path in others)
+
+
 def test_of_identical_images_the_first_is_used(nb, settings, write_pair):
     for i in range(12):
         write_pair(f"s{i}_1")

@@ -357,6 +357,116 @@ def test_a_web_maps_tile_lies_where_its_name_says(nb, tmp_path, mapper):
     assert maps.table.loc["19_281900_154800.png", "unit"] == "m²"
 
 
+@pytest.mark.parametrize(
+    "name", ["survey_12_03_2024", "ortho_20-11-2023", "Shot_2024-01-05_16-05-33", "tyrol_12_0_512"]
+)
+def test_dates_times_and_offsets_are_no_places(nb, tmp_path, mapper, name):
+    save(tmp_path / f"scenes/{name}.png", town(80, 80)[0])
+    table = mapper().table
+    assert table["unit"].tolist() == ["square pixels"] and table["area_m2"].sum() < 80 * 80
+    assert nb.web_map_place(name) is None
+    assert nb.web_map_place("OAM_19_281900_154800") is not None
+
+
+def test_a_coordinate_system_without_a_place_measures_nothing(tmp_path, mapper):
+    save_tiff(tmp_path / "scenes/a.tif", town(80, 80)[0].transpose(2, 0, 1), crs=UTM)
+    maps = mapper()
+    assert maps.table["unit"].tolist() == ["square pixels"]
+    assert next(iter(maps.roofs.values())).crs is None
+
+
+def test_another_scene_of_one_name_size_and_time_is_mapped_anew(nb, tmp_path, mapper):
+    for folder, seed in (("scenes", 0), ("others", 1)):
+        path = tmp_path / folder / "a.bmp"
+        save(path, town(120, 120, seed)[0])
+        os.utime(path, (1.7e9, 1.7e9))
+    assert path.stat().st_size == (tmp_path / "scenes/a.bmp").stat().st_size
+    first = mapper().table["area_m2"].sum()
+    second = mapper(scenes=str(tmp_path / "others")).table["area_m2"].sum()
+    assert first != second
+
+
+def test_roofs_that_were_edited_are_kept_when_a_scene_is_mapped_again(tmp_path, mapper, capsys):
+    save_tiff(tmp_path / "scenes/a.tif", town(120, 120)[0].transpose(2, 0, 1), **place(0))
+    folder = next(iter(mapper().masks.values())).parent
+    mapper()
+    assert len(list(folder.glob("*.gpkg"))) == 1  # as they were written: no copy
+    package = folder / "a_roofs.gpkg"
+    gpd.read_file(package).assign(verdict="checked").to_file(package)
+    later = package.stat().st_mtime + 5
+    os.utime(package, (later, later))
+    capsys.readouterr()
+    mapper(min_roof_area=3.0)
+    (copy,) = folder.glob("a_roofs_edited_*.gpkg")
+    assert str(copy) in capsys.readouterr().out
+    assert (gpd.read_file(copy)["verdict"] == "checked").all()
+    assert gpd.read_file(package)["verdict"].isna().all()
+
+
+def test_edited_roofs_that_cannot_be_copied_stay(nb, tmp_path, mapper, capsys):
+    save(tmp_path / "scenes/a.png", town(120, 120)[0])
+    package = next(iter(mapper().masks.values())).with_name("a_roofs.gpkg")
+    package.write_bytes(b"what QGIS left")
+    os.utime(package, (4e9, 4e9))
+    assert mapper().table.empty
+    assert "a_roofs.gpkg was edited, and could not be copied" in capsys.readouterr().out
+    assert package.read_bytes() == b"what QGIS left"
+    assert not list(package.parent.glob("*_edited_*"))
+
+
+def test_tables_and_points_beside_a_scene_are_no_footprints(tmp_path, mapper, capsys):
+    image, roofs = town(120, 160)
+    save_tiff(tmp_path / "scenes/a.tif", image.transpose(2, 0, 1), **place(0))
+    shapes = rasterio.features.shapes(np.uint8(roofs), roofs, transform=place(0)["transform"])
+    polygons = [shapely.geometry.shape(shape) for shape, _ in shapes]
+    gpd.GeoSeries(polygons, crs=UTM).to_file(tmp_path / "scenes/a.geojson")
+    (tmp_path / "scenes/a.csv").write_text("gcp,x,y,z\n1,500000,6400000,3\n")
+    points = gpd.GeoSeries(polygons, crs=UTM).centroid
+    points.to_file(tmp_path / "scenes/a.shp")
+    table = mapper().table
+    assert table["true_roofs"].tolist() == [len(polygons)] and table["f1"].min() > 0.9
+    (tmp_path / "scenes/a.geojson").unlink()
+    capsys.readouterr()
+    assert "f1" not in mapper().table
+    text = capsys.readouterr().out
+    assert "a.shp: it holds points" in text and "a.csv: it has no shapes" in text
+
+
+@pytest.mark.parametrize("changes", [{"threshold": 0.7}, {"model": "m.pt"}, {"save_dir": "other"}])
+def test_a_choice_of_other_settings_is_not_used(nb, tmp_path, settings, changes):
+    config = nb.make_config(**settings | {"scenes": str(tmp_path / "scenes")})
+    by = nb.Predictor([Bright()], config, CPU, "fp32", tta=False, threshold=0.5)
+    choice = nb.Choice(nb.Split(config, None, {}, ""), [], PLAIN, by)
+    session = nb.Session(nb.replace(config, **changes), CPU, "fp32", False)
+    for use in (nb.map_scenes, nb.export_model):
+        with pytest.raises(ValueError, match=f"{next(iter(changes))} changed since section 12"):
+            use(choice, session)
+
+
+def test_maps_are_not_put_among_the_scenes(nb, tmp_path, settings):
+    folder = tmp_path / "p"
+    for scenes in (folder / "scenes", folder / "scenes/town.tif"):
+        words = settings | {"save_dir": str(folder), "scenes": str(scenes)}
+        with pytest.raises(ValueError, match="scenes = .* must be another folder than"):
+            nb.make_config(**words)
+
+
+def test_maps_below_the_images_are_no_tiles_nor_scenes(nb, write, settings, tmp_path):
+    root = write(place)
+    footprints = gpd.GeoSeries([shapely.box(5e5, 6.4e6 - 9, 5e5 + 2000, 6.4e6)], crs=UTM)
+    footprints.to_file(root / "roofs.gpkg")
+    words = {"images_dir": ".", "labels_dir": "roofs.gpkg", "save_dir": str(root / "models")}
+    words |= {"scenes": str(root / "images")}
+    image = town(64, 64)[0].transpose(2, 0, 1)
+    save_tiff(root / "models/scenes/town_mask.tif", image, **place(3))
+    config = nb.make_config(**settings | words)
+    assert not any("models" in str(path) for path in nb.find_files(config, "images_dir")[0])
+    config = nb.replace(config, scenes=str(root))
+    assert len(nb.list_scenes(config)) == 2 * COUNT  # images and labels, no map
+    config = nb.replace(config, images_dir="models/scenes")  # unless they are asked for
+    assert len(nb.find_files(config, "images_dir")[0]) == 1
+
+
 def test_what_is_passed_over_is_listed_with_the_reason(tmp_path, mapper, capsys):
     (tmp_path / "scenes").mkdir()
     (tmp_path / "scenes/points.laz").touch()
