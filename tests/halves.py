@@ -1,4 +1,4 @@
-"""fp16 and bf16 as a GPU's tensor cores count them, on any CPU and at the speed of fp32."""
+"""fp16 and bf16 as a GPU's tensor cores compute them, on any CPU and at the speed of fp32."""
 
 from collections.abc import Callable
 

@@ -3,8 +3,8 @@
 usage: python tests/benchmarks/precision.py [--encoder resnet50] [--epochs 8] [--seeds 42 1]
            [--precisions fp32 fp16 bf16]
 
-The sample's own settings, from random weights, on the CPU. Halves are counted as a GPU's tensor cores
-count them (tests/halves.py): sums in fp32, results rounded. That shows what the numbers do, not the speed.
+The sample's own settings, from random weights, on the CPU. Halves are computed as by a GPU's tensor
+cores (tests/halves.py): sums in fp32, results rounded. That shows what the numbers do, not the speed.
 """
 
 import argparse
